@@ -1,0 +1,189 @@
+"""Creating a model by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from tfimm_lora.architectures.config import config_to_dict, make_config
+from tfimm_lora.architectures.pretrained import PretrainedConfig
+from tfimm_lora.models.registry import find_entry, model_config, pretrained_config, split_name
+from tfimm_lora.models.transfer import transfer_weights
+from tfimm_lora.weights.hub import HUB_PREFIX, Checkpoint, find_checkpoint
+from tfimm_lora.weights.loading import load_safetensors
+from tfimm_lora.weights.safetensors_file import refuse_pickle
+
+
+def create_model(
+    model_name: str,
+    pretrained: bool | str = False,
+    model_path: str | os.PathLike[str] = "",
+    *,
+    in_channels: int | None = None,
+    nb_classes: int | None = None,
+    **config: Any,
+) -> keras.Model:
+    """Creates a model by its timm name, optionally with weights.
+
+    Args:
+        model_name: ``arch`` or ``arch.tag``, see :func:`~tfimm_lora.list_models`.
+        pretrained: ``True`` for the default tag's weights; a tag; ``hf-hub:org/repo`` (with
+            ``@revision`` if need be); or a folder with ``config.json`` and ``model.safetensors``.
+            Defaults to ``False``.
+        model_path: A weights file, preferred to ``pretrained``: ``.safetensors`` in timm's key
+            names, ``.weights.h5`` or ``.keras``. Defaults to none.
+        in_channels: Number of input channels; ``None`` takes the model's. The first convolution of
+            a checkpoint is adapted.
+        nb_classes: Number of classes, 0 for pooled features; ``None`` takes the checkpoint's. A
+            number other than the checkpoint's gives a fresh classifier.
+        **config: Any other field of the model's config, for example ``input_size=(H, W)`` or
+            ``drop_path_rate=0.1``. timm's ``num_classes``, ``in_chans``, ``img_size`` are accepted.
+
+    Returns:
+        A built model. Inputs are normalised NHWC images, outputs are logits.
+
+    Raises:
+        ValueError: A name, tag or config field is unknown, or weights do not fit.
+        OSError: Weights cannot be found or downloaded.
+
+    Example:
+        >>> model = create_model("vit_tiny_patch16_224", nb_classes=10)
+    """
+    return create_with_class(
+        None, model_name, pretrained, model_path, in_channels=in_channels,
+        nb_classes=nb_classes, **config
+    )  # fmt: skip
+
+
+def create_with_class(
+    model_cls: type | None,
+    model_name: str,
+    pretrained: bool | str = False,
+    model_path: str | os.PathLike[str] = "",
+    **overrides: Any,
+) -> keras.Model:
+    """:func:`create_model` for another class, whose config extends the model's own.
+
+    Args:
+        model_cls: The class to create; ``None`` takes the registered one.
+        model_name: See :func:`create_model`.
+        pretrained: See :func:`create_model`.
+        model_path: See :func:`create_model`.
+        **overrides: Config fields; ``in_channels`` and ``nb_classes`` may be ``None``.
+
+    Returns:
+        A built model with its weights.
+    """
+    entry, tag = find_entry(model_name)
+    cls = model_cls or entry.resolve_class()
+    overrides = {k: v for k, v in overrides.items() if v is not None or k not in _OPTIONAL}
+    cfg, facts, checkpoint = model_config(model_name), pretrained_config(model_name), None
+    if pretrained and not model_path:
+        checkpoint = _find_pretrained(entry.name, model_name, tag, pretrained)
+        facts = checkpoint.pretrained_cfg
+        cfg = dataclasses.replace(
+            cfg, nb_classes=facts.num_classes, input_size=tuple(facts.input_size[1:])
+        )
+    cfg = make_config(cls.cfg_class, config_to_dict(cfg), overrides)
+    if model_path:
+        chosen = any(k in overrides for k in ("nb_classes", "num_classes"))
+        return _load_file(cls, cfg, facts, Path(model_path), fresh_classifier=chosen)
+    if checkpoint is None:
+        return build_model(cls, cfg, facts)
+    model = build_model(cls, cfg, facts)
+    load_safetensors(model, checkpoint.path, source_size=facts.input_size[1:])
+    return model
+
+
+_OPTIONAL = ("in_channels", "nb_classes")
+
+
+def build_model(cls: type, cfg: Any, facts: PretrainedConfig | None) -> keras.Model:
+    """Constructs and builds a model with fresh weights.
+
+    Args:
+        cls: The model class; takes ``cfg`` as first argument.
+        cfg: Its config.
+        facts: What is known about its checkpoint, kept as ``model.pretrained_cfg``.
+    """
+    model = cls(cfg)
+    model.pretrained_cfg = facts
+    if hasattr(cfg, "input_size") and type(model).build is not keras.Model.build:
+        model.build((None, *cfg.input_size, cfg.in_channels))
+    else:
+        model(model.dummy_inputs)
+    return model
+
+
+def _find_pretrained(
+    architecture: str, model_name: str, tag: str, wanted: bool | str
+) -> Checkpoint:
+    """Resolves the argument ``pretrained`` to a weights file."""
+    if wanted is True:
+        return find_checkpoint(pretrained_config(f"{architecture}.{tag}" if tag else model_name))
+    source = str(wanted)
+    if not source.startswith(HUB_PREFIX) and not Path(source).is_dir():
+        named = split_name(model_name)[1]
+        if os.sep in source:
+            raise FileNotFoundError(
+                f"pretrained={source!r}: there is no such folder. For a single file use "
+                "model_path=FILE."
+            )
+        if named and named != source:
+            raise ValueError(
+                f"The name {model_name!r} has a tag and pretrained={source!r} another."
+            )
+        return find_checkpoint(pretrained_config(f"{architecture}.{source}"))
+    checkpoint = find_checkpoint(source)
+    found = checkpoint.pretrained_cfg.architecture
+    if found != architecture:
+        raise ValueError(
+            f"{source} holds weights of {found!r}, not of {architecture!r}. Use "
+            f"create_model({found!r}, pretrained={source!r})."
+        )
+    return checkpoint
+
+
+def _load_file(
+    cls: type, cfg: Any, facts: PretrainedConfig, path: Path, fresh_classifier: bool
+) -> keras.Model:
+    """Creates a model with the weights of one file."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no weights file {path}.")
+    refuse_pickle(path)
+    if path.suffix == ".keras":
+        return _from_saved_model(cls, cfg, keras.saving.load_model(path, compile=False))
+    if path.name.endswith(".weights.h5"):
+        model = build_model(cls, cfg, facts)
+        model.load_weights(path)
+        return model
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name}: weights files end in .safetensors, .weights.h5 or .keras.")
+    # The head's size is that of the file, whatever the default tag of the architecture has.
+    from tfimm_lora.weights.safetensors_file import read_safetensors
+
+    with read_safetensors(path) as file:
+        shape = file.shapes.get(f"{cfg.classifier}.weight", (0,))
+    facts = dataclasses.replace(facts, num_classes=shape[0], hf_hub_id="", file=str(path))
+    if not shape[0] and not fresh_classifier:
+        cfg = dataclasses.replace(cfg, nb_classes=0)
+    model = build_model(cls, cfg, facts)
+    load_safetensors(
+        model, path, source_size=facts.input_size[1:], fresh_classifier=fresh_classifier
+    )
+    return model
+
+
+def _from_saved_model(cls: type, cfg: Any, saved: keras.Model) -> keras.Model:
+    """Takes a saved model as it is if its config is the wanted one, else copies its weights."""
+    if type(saved) is cls and saved.cfg == cfg:
+        return saved
+    if not hasattr(saved, "cfg"):
+        raise ValueError(f"The file holds a {type(saved).__name__}, not a model of this package.")
+    model = build_model(cls, cfg, getattr(saved, "pretrained_cfg", None))
+    transfer_weights(saved, model)
+    return model

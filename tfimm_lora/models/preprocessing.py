@@ -1,0 +1,57 @@
+"""From pixel values to normalised model inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from tfimm_lora.models.registry import model_config, pretrained_config
+
+
+def _cycle(values: tuple[float, ...], n: int) -> np.ndarray:
+    """Repeats per-channel values until there are ``n``."""
+    return np.resize(np.asarray(values, "float32"), n)
+
+
+def create_preprocessing(
+    model_name: str, *, in_channels: int | None = None, dtype: str | None = None
+) -> Callable[[Any], Any]:
+    """Creates the function that normalises images for a model.
+
+    Args:
+        model_name: A registered name, with or without tag.
+        in_channels: Number of channels of the images; ``None`` takes the model's. Mean and
+            standard deviation are repeated in turn where there are more than three, and cut where
+            there are fewer.
+        dtype: Type of the result; ``None`` is Keras' float type.
+
+    Returns:
+        A function from values in [0, 255], of any type and shape (..., channels), to normalised
+        values. Inside ``tf.data`` and on tensors it returns tensors.
+
+    Raises:
+        ValueError: The name is unknown.
+
+    Example:
+        >>> images = create_preprocessing("convnext_tiny")(images)
+    """
+    facts = pretrained_config(model_name)
+    channels = in_channels or model_config(model_name).in_channels
+    dtype = dtype or keras.config.floatx()
+    mean, std = _cycle(facts.mean, channels), _cycle(facts.std, channels)
+
+    def preprocess(images: Any) -> Any:
+        if type(images).__module__.partition(".")[0] == "tensorflow":
+            # tf.data maps over TensorFlow tensors whatever the backend.
+            import tensorflow as tf
+
+            x = (tf.cast(images, "float32") / 255.0 - mean) / std
+            return tf.cast(x, dtype)
+        x = ops.cast(ops.convert_to_tensor(images), "float32") / 255.0
+        return ops.cast((x - mean) / std, dtype)
+
+    return preprocess

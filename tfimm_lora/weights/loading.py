@@ -1,0 +1,97 @@
+"""Loading a safetensors checkpoint in timm's key names into a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from tfimm_lora.weights.adapt import adapt_weight, is_below
+from tfimm_lora.weights.names import timm_variables
+from tfimm_lora.weights.safetensors_file import read_safetensors
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def check_names(missing: set[str], surplus: set[str], source: str) -> None:
+    """Raises if a source lacks weights or has some that the model does not have.
+
+    Raises:
+        ValueError: Names the missing and the surplus weights.
+    """
+    if not missing and not surplus:
+        return
+    lines = [f"The weights in {source} do not fit the model."]
+    if missing:
+        lines.append(f"Missing in the source: {_some(missing)}.")
+    if surplus:
+        lines.append(f"Not in the model: {_some(surplus)}.")
+    norms = {"norm.weight", "fc_norm.weight"}
+    if norms & missing and norms & surplus:
+        lines.append("The last normalisation is in another place: pass fc_norm=True or False.")
+    lines.append("Check the model's name and the config fields you changed.")
+    raise ValueError(" ".join(lines))
+
+
+def load_safetensors(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    source_size: tuple[int, int] | None = None,
+    fresh_classifier: bool = True,
+) -> int | None:
+    """Loads weights in timm's key names, tensor by tensor, fitting what timm would fit.
+
+    The first convolution is adapted to the model's channels, position table and patch kernel to
+    its image and patch size. Low-rank factors of a LoRA model are left as they are.
+
+    Args:
+        model: A built model.
+        path: A ``.safetensors`` file of float16, bfloat16 or float32 tensors.
+        source_size: Height and width of the images that the weights were trained with; ``None``
+            assumes a square position table.
+        fresh_classifier: Whether a classifier with another number of classes is left out, so that
+            the model keeps its fresh one. Defaults to ``True``.
+
+    Returns:
+        Number of classes of the file's classifier, 0 if it has none, ``None`` if the model does
+        not say which layer is the classifier.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is broken, or a weight is missing, surplus or of a wrong shape.
+
+    Example:
+        >>> load_safetensors(model, "model.safetensors")
+    """
+    cfg = getattr(model, "cfg", None)
+    classifier = getattr(cfg, "classifier", "")
+    variables = timm_variables(model)
+    with read_safetensors(path) as file:
+        bias, kernel = f"{classifier}.bias", f"{classifier}.weight"
+        found = (file.shapes.get(kernel) or file.shapes.get(bias) or (0,))[0]
+        wanted = getattr(cfg, "nb_classes", found)
+        skipped: set[str] = set()
+        if classifier and found != wanted:
+            if not fresh_classifier and found:
+                raise ValueError(
+                    f"{file.path} has a classifier of {found} classes and the model one of "
+                    f"{wanted}. Pass nb_classes={found} to load it, or nb_classes={wanted} to "
+                    "leave it out and start with a fresh one."
+                )
+            skipped = {n for n in {*variables, *file.shapes} if is_below(n, classifier)}
+        names = set(variables) - skipped
+        check_names(names - set(file.shapes), set(file.shapes) - names - skipped, str(file.path))
+        for name in sorted(names):
+            entry = variables[name]
+            value = entry.from_timm(file.read(name))
+            try:
+                value = adapt_weight(model, name, value, entry.variable.shape, source_size)
+            except ValueError as error:
+                raise ValueError(f"{file.path}: {error}") from error
+            entry.variable.assign(value)
+    return found if classifier else None

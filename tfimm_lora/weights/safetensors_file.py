@@ -1,0 +1,181 @@
+"""Reading and writing safetensors files, tensor by tensor and without half-written files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+_PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npz"}
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises for files that can carry code.
+
+    Raises:
+        ValueError: The file's ending or its first bytes say that it is a pickle.
+    """
+    head = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(2)
+    # A pickle starts with its protocol opcode, torch's newer format with a zip header.
+    pickled = head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05"
+    zipped = head == b"PK" and path.suffix != ".keras"
+    if path.suffix in _PICKLE_SUFFIXES or pickled or zipped:
+        raise ValueError(
+            f"{path} is a pickle or an archive that can run code when it is opened, so it is not "
+            "read. Use the checkpoint's .safetensors file, or convert it where it came from with "
+            "safetensors.torch.save_file(state_dict, 'model.safetensors')."
+        )
+
+
+class SafetensorsFile:
+    """An open safetensors file.
+
+    Attributes:
+        path: Where it is.
+        shapes: Shape of every tensor by name.
+        metadata: The file's free-form strings.
+    """
+
+    def __init__(self, path: Path, handle: Any) -> None:
+        self.path = path
+        self._handle = handle
+        self.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}
+        self.metadata: dict[str, str] = dict(handle.metadata() or {})
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor as float32 array (integers stay what they are).
+
+        Raises:
+            ValueError: The tensor's bytes cannot be read.
+        """
+        try:
+            value = np.asarray(self._handle.get_tensor(name))
+        except Exception as error:
+            raise ValueError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+        return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
+
+
+@contextlib.contextmanager
+def read_safetensors(path: str | os.PathLike[str]) -> Iterator[SafetensorsFile]:
+    """Opens a safetensors file; tensors are read one by one when asked for.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The open file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is a pickle, truncated or otherwise no safetensors file.
+
+    Example:
+        >>> with read_safetensors("model.safetensors") as file:
+        ...     kernel = file.read("head.weight")
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no weights file {path}.")
+    refuse_pickle(path)
+    try:
+        handle = safetensors.safe_open(str(path), framework="numpy")
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no complete safetensors file ({path.stat().st_size} bytes): {error}. "
+            "It may be truncated; download or copy it again."
+        ) from error
+    with handle as opened:
+        yield SafetensorsFile(path, opened)
+
+
+def write_aside(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:
+    """Writes a file so that its old content is intact until the new one is complete.
+
+    Args:
+        path: The file to replace or create.
+        write: Called with the path of a new file in the same folder, which it fills.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> write_aside("a.json", lambda p: p.write_text("{}"))
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Keras and others look at the suffix, so it is kept.
+    handle, name = tempfile.mkstemp(prefix=".writing-", suffix=path.name, dir=path.parent)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        write(aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        aside.chmod(0o666 & ~umask)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: dict[str, np.ndarray], metadata: dict[str, str]
+) -> Path:
+    """Writes tensors to a safetensors file, aside first.
+
+    Args:
+        path: The file.
+        tensors: Arrays by name.
+        metadata: Free-form strings for the file's header.
+
+    Returns:
+        The path.
+    """
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    return write_aside(path, lambda aside: save_file(arrays, str(aside), metadata=metadata))
+
+
+def save_safetensors(model: Any, path: str | os.PathLike[str], dtype: str = "float32") -> Path:
+    """Saves a model's weights in timm's key names and layouts, so that timm can load them.
+
+    Args:
+        model: A built regular model (convert a LoRA model first).
+        path: The file, ending in ``.safetensors``.
+        dtype: ``float32``, ``float16`` or ``bfloat16``. Defaults to ``float32``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The model has LoRA layers, or the file's ending is another.
+
+    Example:
+        >>> save_safetensors(model, "model.safetensors")
+    """
+    from tfimm_lora.weights.names import is_lora_weight, named_variables
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"The file has to end in .safetensors, found {path.name!r}.")
+    variables = named_variables(model)
+    lora = [v.name for v in variables if is_lora_weight(v.leaf)]
+    if lora:
+        raise ValueError(
+            f"The model has LoRA weights ({lora[0]}, ...), which timm's format cannot hold. Save "
+            "lora.convert_to_regular_model(model), or use lora.save_adapter(model, folder)."
+        )
+    tensors = {v.name: v.to_timm().astype(dtype) for v in variables}
+    return write_safetensors(path, tensors, {"format": "pt"})
