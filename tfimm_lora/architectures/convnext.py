@@ -106,6 +106,12 @@ def _conv(filters: int, kernel_size: int, stride: int, name: str) -> keras.layer
     )
 
 
+def _multiple_of_8(width: int) -> int:
+    """Nearest multiple of 8, at least 8, not below 90% of ``width`` (timm's ``make_divisible``)."""
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * width else rounded
+
+
 def _pad(x: Any, kernel_size: int) -> Any:
     """Pads height and width on both sides, as torch does; Keras' ``same`` pads unevenly."""
     p = kernel_size // 2
@@ -193,7 +199,7 @@ class ConvNeXtStage(keras.layers.Layer):
 
 
 class ConvNeXtHead(keras.layers.Layer):
-    """Pooling, normalisation, optional hidden layer and classifier (timm's ``NormMlpClassifierHead``)."""
+    """Pooling, norm, optional hidden layer, classifier (timm's ``NormMlpClassifierHead``)."""
 
     def __init__(self, cfg: ConvNeXtConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -271,7 +277,7 @@ class ConvNeXt(ImageModel):
             if kind == "conv":
                 self.stem.append(
                     _conv(
-                        int(cfg.dims[0] * width),
+                        cfg.dims[0] if width == 1 else _multiple_of_8(int(cfg.dims[0] * width)),
                         kernel or cfg.patch_size,
                         stride or cfg.patch_size,
                         f"stem_{i}",
