@@ -1,0 +1,57 @@
+"""Runs timm models with random weights and saves what they answer: ``drive_timm.py ORACLE.py``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from serve import load_module, serve
+
+oracle = load_module(sys.argv[1])
+torch = oracle.torch
+torch.set_num_threads(1)
+
+
+def make(
+    out: str,
+    arch: str,
+    overrides: dict[str, Any] | None = None,
+    img_size: Any = None,
+    dtype: str = "float32",
+    intermediates: bool = False,
+    eps_probe: bool = False,
+    batch: int = 2,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One model; with another dtype its weights are rounded to it, computed with and stored so."""
+    model, x, meta = oracle.build(arch, seed, overrides, img_size, batch, eps_probe)
+    stored = getattr(torch, dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(stored).float())
+    meta = oracle._save(model, x, meta, out, intermediates, fp64=False)
+    if dtype != "float32":
+        state = {k: v.to(stored).contiguous() for k, v in model.state_dict().items()}
+        oracle.save_file(state, Path(out, "weights.safetensors"))
+    return meta
+
+
+def adapt(out: str, arch: str, source: str, **arguments: Any) -> dict[str, Any]:
+    """What timm's loader makes of the weights of a case for another size, channels or classes."""
+    return oracle.adapt(arch, source, out, **arguments)
+
+
+def load(out: str, arch: str, weights: str, inputs: str) -> dict[str, Any]:
+    """Loads a file strictly into a model and writes its logits."""
+    state = oracle.load_file(weights)
+    model = oracle.timm.create_model(arch).eval()
+    model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+    images = torch.from_numpy(oracle.np.load(inputs)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        oracle.np.save(out, model(images).numpy())
+    return {"dtypes": sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})}
+
+
+if __name__ == "__main__":
+    serve({"make": make, "adapt": adapt, "load": load})
