@@ -1,0 +1,97 @@
+"""The fields that adaptation adds to a model's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tfimm_lora.architectures.config import ModelConfig, nearest_names
+from tfimm_lora.lora.methods import INITIALIZATIONS, METHODS
+
+LORA_PREFIX = "lora_"
+TRAIN_BIAS = ("none", "lora_only", "all")
+
+
+@dataclasses.dataclass
+class LoRAConfig(ModelConfig):
+    """Adaptation fields, to be mixed into the config of an architecture.
+
+    All start with ``lora_``; without them the base config is back.
+
+    Attributes:
+        lora_rank: Rank r of the updates. Defaults to 4.
+        lora_alpha: Scaling is alpha / r (rsLoRA: alpha / sqrt r); ``None`` means r.
+        lora_method: ``lora`` (arXiv:2106.09685) or ``rslora`` (arXiv:2312.03732).
+        lora_targets: What is adapted; ``None`` takes the architecture's choice. Names, wildcards
+            or regular expressions on the timm path, or ``attention``, ``mlp``, ``all``.
+        lora_rank_pattern: Rank of the layers that match a pattern.
+        lora_alpha_pattern: Alpha of the layers that match a pattern.
+        lora_dropout: Dropout on the input of the low-rank path, in training.
+        lora_init: ``kaiming_uniform`` (PEFT's default) or ``gaussian``; ``None`` is the method's.
+        lora_train_bias: ``none``, ``lora_only`` (biases of adapted layers) or ``all``.
+        lora_train_classifier: ``None`` trains the classifier exactly when it is fresh.
+
+    Raises:
+        ValueError: A value is out of range or unknown.
+
+    Example:
+        >>> LoRAViTConfig(lora_rank=8, lora_targets=("attn.q", "attn.v"))
+    """
+
+    lora_rank: int = 4
+    lora_alpha: float | None = None
+    lora_method: str = "lora"
+    lora_targets: tuple[str, ...] | str | None = None
+    lora_rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    lora_alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    lora_dropout: float = 0.0
+    lora_init: str | None = None
+    lora_train_bias: str = "none"
+    lora_train_classifier: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank("lora_rank", self.lora_rank)
+        for pattern, rank in self.lora_rank_pattern.items():
+            check_rank(f"lora_rank_pattern[{pattern!r}]", rank)
+        alphas = {"lora_alpha": self.lora_alpha} | {
+            f"lora_alpha_pattern[{p!r}]": a for p, a in self.lora_alpha_pattern.items()
+        }
+        for field, alpha in alphas.items():
+            if alpha is not None and not alpha > 0:
+                raise ValueError(f"{field} has to be positive, found {alpha!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout has to be in [0, 1), found {self.lora_dropout!r}.")
+        _check_choice("lora_method", self.lora_method, METHODS)
+        _check_choice("lora_train_bias", self.lora_train_bias, TRAIN_BIAS)
+        if self.lora_init is not None:
+            _check_choice("lora_init", self.lora_init, INITIALIZATIONS)
+        if self.lora_train_classifier not in (None, True, False):
+            raise ValueError(
+                "lora_train_classifier has to be None, True or False, found "
+                f"{self.lora_train_classifier!r}."
+            )
+
+
+def check_rank(field: str, rank: Any) -> None:
+    """Raises unless a rank is a positive integer.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{field} has to be an integer of at least 1, found {rank!r}.")
+
+
+def _check_choice(field: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(
+            f"Unknown {field} {value!r}.{nearest_names(str(value), known)} Use one of "
+            f"{', '.join(known)}."
+        )
+
+
+def split_lora_values(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits keyword arguments into those that start with ``lora_`` and all others."""
+    lora = {k: v for k, v in values.items() if k.startswith(LORA_PREFIX)}
+    return lora, {k: v for k, v in values.items() if k not in lora}

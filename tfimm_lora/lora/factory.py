@@ -1,0 +1,155 @@
+"""Creating LoRA models and converting models to and fro."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+from keras import ops
+
+from tfimm_lora.architectures.config import base_config_values, make_config
+from tfimm_lora.lora.config import split_lora_values
+from tfimm_lora.lora.functional import (
+    LoRAFunctional,
+    convert_functional_model,
+    is_functional,
+    regular_functional_model,
+)
+from tfimm_lora.lora.layers import LoRALayer
+from tfimm_lora.lora.merge import lora_layers
+from tfimm_lora.lora.registry import lora_architecture, lora_base_architecture
+from tfimm_lora.models.factory import build_model, create_with_class
+from tfimm_lora.models.factory import create_model as create_regular_model
+from tfimm_lora.models.registry import model_class
+from tfimm_lora.models.transfer import transfer_weights
+from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, named_variables
+
+
+def create_model(
+    model_name: str,
+    pretrained: bool | str = False,
+    model_path: str | os.PathLike[str] = "",
+    **kwargs: Any,
+) -> keras.Model:
+    """Creates the LoRA variant of a model by its timm name.
+
+    The adapted model is built once and weights are read straight into it.
+
+    Args:
+        model_name: See :func:`tfimm_lora.create_model`.
+        pretrained: See :func:`tfimm_lora.create_model`.
+        model_path: See :func:`tfimm_lora.create_model`; a file of the regular or of the LoRA
+            model.
+        **kwargs: Fields of the LoRA variant's config: those of the model, and those that start
+            with ``lora_``, see :class:`~tfimm_lora.lora.LoRAConfig`.
+
+    Returns:
+        A built LoRA model whose ``trainable`` flags are set.
+
+    Raises:
+        ValueError: A name or a field is unknown, a target matches nothing, or weights do not fit.
+        OSError: Weights cannot be found or downloaded.
+
+    Example:
+        >>> model = create_model("convnext_tiny", lora_rank=2)
+    """
+    lora_cls = lora_architecture(model_class(model_name))
+    if str(model_path).endswith(".weights.h5") and not _holds_lora_weights(Path(model_path)):
+        lora, rest = split_lora_values(kwargs)
+        model = create_regular_model(model_name, pretrained, model_path, **rest)
+        return convert_to_lora_model(model, **lora)
+    return create_with_class(lora_cls, model_name, pretrained, model_path, **kwargs)
+
+
+def _holds_lora_weights(path: Path) -> bool:
+    """Whether a ``.weights.h5`` file was saved from a LoRA model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no weights file {path}.")
+    found = []
+
+    def visit(name: str) -> None:
+        if any(part in name for part in LORA_WEIGHT_NAMES):
+            found.append(name)
+
+    with h5py.File(path) as file:
+        file.visit(visit)
+    return bool(found)
+
+
+def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
+    """Creates the LoRA version of a model, with its weights.
+
+    Models of the zoo and of registered classes become their LoRA variant. Functional and
+    Sequential models, ``keras.applications`` and KerasHub backbones among them, are cloned with
+    LoRA layers inside; the result is a functional model.
+
+    Args:
+        model: A built model; it is not changed.
+        **kwargs: Fields that start with ``lora_``, see :class:`~tfimm_lora.lora.LoRAConfig`.
+
+    Returns:
+        A built LoRA model whose ``trainable`` flags are set.
+
+    Raises:
+        ValueError: The model has LoRA layers already, its class has no LoRA variant, a field is
+            unknown, or a target matches nothing.
+
+    Example:
+        >>> lora_model = convert_to_lora_model(model, lora_rank=8)
+    """
+    if isinstance(model, LoRAFunctional) or lora_layers(model):
+        raise ValueError(
+            "The model has LoRA layers already. Use lora.convert_to_regular_model(model) first, "
+            "which merges them."
+        )
+    unknown = split_lora_values(kwargs)[1]
+    if unknown:
+        raise ValueError(
+            f"convert_to_lora_model takes fields that start with 'lora_', found "
+            f"{', '.join(map(repr, unknown))}. Pass these to create_model."
+        )
+    if is_functional(model):
+        return convert_functional_model(model, kwargs)
+    lora_cls: Any = lora_architecture(type(model))
+    cfg = make_config(lora_cls.cfg_class, base_config_values(model.cfg, lora_cls.cfg_class), kwargs)
+    lora_model = build_model(lora_cls, cfg, getattr(model, "pretrained_cfg", None))
+    transfer_weights(model, lora_model, LORA_WEIGHT_NAMES)
+    return lora_model
+
+
+def convert_to_regular_model(model: keras.Model) -> keras.Model:
+    """Creates the regular version of a LoRA model, with the updates merged into its kernels.
+
+    Args:
+        model: A LoRA model, merged or not; it is not changed.
+
+    Returns:
+        A built model of the regular class with the same outputs.
+
+    Raises:
+        ValueError: The model is no LoRA model.
+
+    Example:
+        >>> regular = convert_to_regular_model(lora_model)
+    """
+    if not lora_layers(model):
+        raise ValueError(f"{model.name!r} has no LoRA layers; it is a regular model already.")
+    if isinstance(model, LoRAFunctional):
+        regular = regular_functional_model(model)
+    else:
+        base_cls: Any = lora_base_architecture(type(model))
+        values = base_config_values(model.cfg, base_cls.cfg_class)
+        values = split_lora_values(values)[1]
+        regular = build_model(
+            base_cls, base_cls.cfg_class(**values), getattr(model, "pretrained_cfg", None)
+        )
+    transfer_weights(model, regular, LORA_WEIGHT_NAMES)
+    kernels = {v.path: v.variable for v in named_variables(regular) if v.leaf == "kernel"}
+    for v in named_variables(model):
+        if v.leaf == "kernel" and isinstance(v.layer, LoRALayer):
+            kernels[v.path].assign(np.asarray(ops.convert_to_numpy(v.layer.adapted_kernel())))
+    return regular

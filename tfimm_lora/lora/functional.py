@@ -1,0 +1,160 @@
+"""LoRA versions of functional and Sequential models.
+
+The model is cloned layer by layer, with LoRA layers in place of the targets. Where a composite
+layer creates its sublayers in ``build`` (``keras.layers.MultiHeadAttention``), they are exchanged
+after it. The result remembers the config of the regular model and the LoRA fields, and is restored
+from a file by the same conversion, so that nothing depends on how a composite layer serialises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import keras
+
+from tfimm_lora.architectures.config import config_to_dict, make_config
+from tfimm_lora.lora.config import LoRAConfig, split_lora_values
+from tfimm_lora.lora.layers import convert_to_lora_layer, is_adaptable
+from tfimm_lora.lora.replace import parent_of, replace_sublayer
+from tfimm_lora.lora.targets import Target, find_targets
+from tfimm_lora.lora.trainable import set_trainable
+from tfimm_lora.models.transfer import transfer_weights
+from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, iterate_layers, timm_path
+
+
+def is_functional(model: Any) -> bool:
+    """Whether a model is functional or Sequential (subclasses such as KerasHub's included)."""
+    return isinstance(model, (keras.Sequential,)) or (
+        isinstance(model, keras.Model) and hasattr(model, "operations") and bool(model.outputs)
+    )
+
+
+@keras.saving.register_keras_serializable(package="tfimm_lora")
+class LoRAFunctional(keras.Model):
+    """A functional model with LoRA layers; made by ``convert_to_lora_model``.
+
+    Attributes:
+        lora_cfg: The LoRA fields it was made with.
+    """
+
+    lora_cfg: LoRAConfig
+    _base_config: str
+
+    def __init__(self, inputs: Any, outputs: Any, name: str | None = None, **kwargs: Any) -> None:
+        super().__init__(inputs=inputs, outputs=outputs, name=name, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """The regular model's config and the LoRA fields."""
+        lora, _ = split_lora_values(config_to_dict(self.lora_cfg))
+        return {"base": json.loads(self._base_config), "lora": lora}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> keras.Model:
+        """Restores the regular model and converts it again."""
+        base = keras.saving.deserialize_keras_object(config["base"], custom_objects)
+        return convert_functional_model(base, config["lora"])
+
+
+def _classifier(model: keras.Model) -> str:
+    """Path of the last layer that could be adapted, which classifies."""
+    paths = [path for path, layer in iterate_layers(model) if is_adaptable(layer)]
+    return timm_path(paths[-1]) if paths else ""
+
+
+def convert_functional_model(model: keras.Model, fields: dict[str, Any]) -> LoRAFunctional:
+    """Clones a functional or Sequential model with LoRA layers.
+
+    Args:
+        model: A built model; it is not changed.
+        fields: ``lora_`` fields. Targets default to every layer that can be adapted; with
+            ``lora_train_classifier=True`` the last of them is trained in full instead.
+
+    Returns:
+        The LoRA model.
+
+    Raises:
+        ValueError: The model is not built, a field is unknown or a target matches nothing.
+    """
+    if not model.built or not model.outputs:
+        raise ValueError(
+            f"{model.name!r} is not built: give it an input (keras.Input), or call it once."
+        )
+    cfg = make_config(LoRAConfig, {}, fields)
+    classifier = _classifier(model) if cfg.lora_train_classifier else ""
+    targets = find_targets(model, cfg, ("all",), {}, {}, classifier)
+    if classifier in [t.module for t in targets]:
+        raise ValueError(f"The classifier {classifier!r} is adapted and trained in full.")
+    base_config = keras.saving.serialize_keras_object(model)
+    base_config.pop("compile_config", None)
+    clone = _clone(model, targets)
+    lora_model = LoRAFunctional(*_structure(clone), name=model.name)
+    lora_model.lora_cfg = dataclasses.replace(cfg)
+    # As text: Keras would track a dictionary, and takes apart the ones it deserialises.
+    lora_model._base_config = json.dumps(base_config)
+    transfer_weights(model, lora_model, LORA_WEIGHT_NAMES)
+    set_trainable(lora_model, cfg.lora_train_bias, [classifier] if classifier else ())
+    return lora_model
+
+
+def _clone(model: keras.Model, targets: list[Target]) -> keras.Model:
+    by_id = {id(t.layer): t for t in targets}
+
+    def clone_layer(layer: Any) -> Any:
+        if id(layer) in by_id:
+            arguments = by_id[id(layer)].arguments
+            return convert_to_lora_layer(_unbuilt(layer), **arguments)
+        new = _unbuilt(layer)
+        if not isinstance(layer, keras.layers.Layer):  # An operation such as an addition.
+            return new
+        inside = {path: sub for path, sub in iterate_layers(layer) if id(sub) in by_id}
+        for path, sub in iterate_layers(new):
+            if path in inside and is_adaptable(sub) and not sub.built:
+                lora_layer = convert_to_lora_layer(sub, **by_id[id(inside[path])].arguments)
+                replace_sublayer(parent_of(new, sub), sub, lora_layer)
+        return new
+
+    # A functional subclass (KerasHub's backbones) is rebuilt as a plain functional model.
+    plain = keras.Model(*_structure(model), name=model.name)
+    clone = keras.models.clone_model(plain, clone_function=clone_layer)
+    for path, layer in list(iterate_layers(clone)):
+        target = next((t for t in targets if t.path == path), None)
+        if target is not None and is_adaptable(layer):
+            _exchange_built(clone, path, layer, target)
+    return clone
+
+
+def _structure(model: keras.Model) -> tuple[Any, Any]:
+    """Symbolic inputs and outputs, nested as the model's call takes and returns them."""
+
+    def single(tensors: Any) -> Any:
+        return tensors[0] if len(tensors) == 1 else tensors
+
+    inputs = getattr(model, "_inputs_struct", None)
+    outputs = getattr(model, "_outputs_struct", None)
+    return (
+        single(model.inputs) if inputs is None else inputs,
+        single(model.outputs) if outputs is None else outputs,
+    )
+
+
+def _unbuilt(layer: Any) -> Any:
+    return layer.__class__.from_config(layer.get_config())
+
+
+def _exchange_built(model: keras.Model, path: str, layer: Any, target: Target) -> None:
+    """Exchanges a layer that its parent created in ``build``."""
+    new = convert_to_lora_layer(_unbuilt(layer), **target.arguments)
+    with contextlib.ExitStack() as scopes:
+        # The names of the parents, so that the new variables get the paths of the old ones.
+        for part in path.split("/")[:-1]:
+            scopes.enter_context(keras.name_scope(part))
+        new.build(layer.get_build_config()["input_shape"])
+    replace_sublayer(parent_of(model, layer), layer, new)
+
+
+def regular_functional_model(model: LoRAFunctional) -> keras.Model:
+    """Restores the regular model that a LoRA model was made from, with fresh weights."""
+    return keras.saving.deserialize_keras_object(json.loads(model._base_config))
