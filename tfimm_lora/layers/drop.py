@@ -23,7 +23,7 @@ def save_seed_state(store: Any, generator: keras.random.SeedGenerator | None) ->
 
 def load_seed_state(store: Any, generator: keras.random.SeedGenerator | None) -> None:
     """Restores what :func:`save_seed_state` wrote; older files without it are accepted."""
-    if generator is not None and _SEED_KEY in store.keys():
+    if generator is not None and _SEED_KEY in list(store.keys()):
         generator.state.assign(np.asarray(store[_SEED_KEY]))
 
 

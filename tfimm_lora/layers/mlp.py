@@ -16,8 +16,8 @@ from tfimm_lora.layers.norm import GlobalResponseNorm
 class Mlp(keras.layers.Layer):
     """``fc1``, activation, optional ``grn``, ``fc2``.
 
-    timm's ``Mlp``, ``GlobalResponseNormMlp`` and, with ``gated``, ``GluMlp`` (SwiGLU, packed; paper:
-    GLU Variants Improve Transformer, arXiv:2002.05202).
+    timm's ``Mlp``, ``GlobalResponseNormMlp`` and, with ``gated``, ``GluMlp`` (SwiGLU,
+    packed; paper: GLU Variants Improve Transformer, arXiv:2002.05202).
 
     Args:
         hidden_features: Width of the output of ``fc1``.

@@ -47,7 +47,7 @@ class NamedVariable:
 
     @property
     def module(self) -> str:
-        """timm name of the owning layer, ``blocks.3.mlp.fc1``."""
+        """Name of the owning layer, ``blocks.3.mlp.fc1``."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -151,7 +151,7 @@ def timm_variables(model: keras.layers.Layer) -> dict[str, NamedVariable]:
 
 
 def to_timm_layout(layer: keras.layers.Layer, leaf: str, value: np.ndarray) -> np.ndarray:
-    """Turns a kernel from Keras' into torch's axis order; other weights are returned as they are."""
+    """Turns a kernel from Keras' into torch's axis order; other weights stay as they are."""
     if leaf != "kernel":
         return value
     if isinstance(layer, keras.layers.DepthwiseConv2D):

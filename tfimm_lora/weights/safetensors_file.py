@@ -50,7 +50,8 @@ class SafetensorsFile:
     def __init__(self, path: Path, handle: Any) -> None:
         self.path = path
         self._handle = handle
-        self.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}
+        names = list(handle.keys())
+        self.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in names}
         self.metadata: dict[str, str] = dict(handle.metadata() or {})
 
     def read(self, name: str) -> np.ndarray:
