@@ -13,19 +13,16 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import tfimm_lora
 
 PACKAGE = Path(tfimm_lora.__file__).parent
 # From the bottom up: a part may import those before it.
-PARTS = (
-    "layers architectures weights models quantization lora data tasks training evaluation cli"
-).split()
-KERAS_ONLY = ("layers", "architectures", "weights", "models", "quantization", "lora")
+KERAS_ONLY = ["layers", "architectures", "weights", "models", "quantization", "lora"]
+PARTS = [*KERAS_ONLY, "data", "tasks", "training", "evaluation", "cli"]
 IMPORT_NAMES = {
-    "huggingface_hub": "huggingface_hub",
-    "tensorflow-datasets": "tensorflow_datasets",
     "pyyaml": "yaml",
     "pillow": "PIL",
 }
@@ -67,7 +64,7 @@ def declared(extra: str = "") -> dict[str, Requirement]:
     """The requirements of the installed package, of one extra or of none."""
     requirements = map(Requirement, importlib.metadata.requires("tfimm_lora") or [])
     return {
-        requirement.name.lower().replace("_", "-"): requirement
+        canonicalize_name(requirement.name): requirement
         for requirement in requirements
         if (not requirement.marker and not extra)
         or (extra and requirement.marker and requirement.marker.evaluate({"extra": extra}))
@@ -91,7 +88,7 @@ def test_module_imports_and_its_public_names_exist(name):
 @pytest.mark.parametrize("path", SOURCES, ids=source_id)
 def test_imports_point_downwards(path):
     part = path.relative_to(PACKAGE).parts[0]
-    if part == "__init__.py":  # the table of contents
+    if path.parent == PACKAGE:  # the table of contents and what it needs
         return
     assert part in PARTS
     for name, _ in imports(path):
@@ -104,7 +101,8 @@ def test_imports_point_downwards(path):
 def test_model_code_knows_keras_only(path):
     if path.relative_to(PACKAGE).parts[0] not in KERAS_ONLY:
         return
-    frameworks = {name for name, _ in imports(path)} & {"tensorflow", "jax", "torch", "timm"}
+    roots = {name.split(".")[0] for name, immediate in imports(path) if immediate}
+    frameworks = roots & {"tensorflow", "jax", "torch", "timm"}
     assert not frameworks, "everything up to lora/ has to run on every backend"
 
 
@@ -128,7 +126,7 @@ def test_every_import_is_declared_and_every_dependency_is_imported():
 def test_importing_the_zoo_leaves_the_command_line_and_the_data_sets_alone():
     code = (
         "import sys, tfimm_lora, tfimm_lora.lora\n"
-        "heavy = {'matplotlib', 'tensorflow_datasets', 'jsonargparse', 'torch', 'timm', 'sklearn'}\n"
+        "heavy = {'matplotlib', 'tensorflow_datasets', 'jsonargparse', 'torch', 'timm'}\n"
         "print(*(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -153,7 +151,7 @@ def test_package_data_is_covered_and_small():
 def test_files_are_short(path):
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 400
-    if ast.parse(text).body[1:]:
+    if re.search(r"^ *(def|class) ", text, re.MULTILINE):
         assert "from __future__ import annotations" in text
 
 
@@ -175,7 +173,7 @@ def test_python_versions_are_those_announced(repository):
 
 def test_locked_versions_lie_in_the_declared_ranges(repository):
     locked = {
-        requirement.name.lower().replace("_", "-"): requirement
+        canonicalize_name(requirement.name): requirement
         for line in (repository / ".ci/requirements.lock").read_text().splitlines()
         if line and not line.startswith("#")
         for requirement in [Requirement(line)]
