@@ -162,7 +162,7 @@ class TfimmPython:
 
 @pytest.fixture(scope="session")
 def tfimm_python() -> TfimmPython:
-    """tfimm 0.2.14: ``TFIMM_LORA_TFIMM_PYTHON`` (TensorFlow, tf-keras), ``TFIMM_LORA_TFIMM_PATH``."""
+    """tfimm 0.2.14, where ``TFIMM_LORA_TFIMM_PYTHON`` and ``TFIMM_LORA_TFIMM_PATH`` say."""
     python = os.environ.get("TFIMM_LORA_TFIMM_PYTHON", "")
     path = os.environ.get("TFIMM_LORA_TFIMM_PATH", "")
     if not Path(python).is_file() or not Path(path, "tfimm").is_dir():
