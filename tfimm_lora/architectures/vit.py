@@ -34,7 +34,7 @@ class ViTConfig(ModelConfig):
     """Configuration of :class:`ViT`; fields beyond the base class carry timm's names.
 
     Attributes:
-        patch_size: Side of a patch in pixels; divides both sides of ``input_size``.
+        patch_size: Side of a patch in pixels.
         embed_dim: Width of a token.
         depth: Number of blocks.
         num_heads: Number of attention heads; divides ``embed_dim``.
@@ -101,11 +101,11 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(s % self.patch_size for s in self.input_size):
-            lower = tuple(max(s // self.patch_size, 1) * self.patch_size for s in self.input_size)
+        # As in timm, a rest of pixels at the lower and right border is not seen.
+        if any(size < self.patch_size for size in self.input_size):
             raise ValueError(
-                f"input_size={tuple(self.input_size)} is not a multiple of "
-                f"patch_size={self.patch_size}. Use input_size={lower}, say."
+                f"input_size={tuple(self.input_size)} is smaller than a patch of "
+                f"{self.patch_size} pixels."
             )
         if self.embed_dim % self.num_heads:
             raise ValueError(

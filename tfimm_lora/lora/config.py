@@ -30,6 +30,8 @@ class LoRAConfig(ModelConfig):
         lora_init: ``kaiming_uniform`` (PEFT's default) or ``gaussian``; ``None`` is the method's.
         lora_train_bias: ``none``, ``lora_only`` (biases of adapted layers) or ``all``.
         lora_train_classifier: ``None`` trains the classifier exactly when it is fresh.
+        lora_modules_to_save: timm paths of further layers that are trained in full and saved with
+            the adapter (PEFT's term).
 
     Raises:
         ValueError: A value is out of range or unknown.
@@ -48,6 +50,7 @@ class LoRAConfig(ModelConfig):
     lora_init: str | None = None
     lora_train_bias: str = "none"
     lora_train_classifier: bool | None = None
+    lora_modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,6 @@ from a file by the same conversion, so that nothing depends on how a composite l
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from typing import Any
 
@@ -38,9 +37,11 @@ class LoRAFunctional(keras.Model):
 
     Attributes:
         lora_cfg: The LoRA fields it was made with.
+        lora_trainable_layers: Paths of layers that are trained in full.
     """
 
     lora_cfg: LoRAConfig
+    lora_trainable_layers: list[str]
     _base_config: str
 
     def __init__(self, inputs: Any, outputs: Any, name: str | None = None, **kwargs: Any) -> None:
@@ -91,11 +92,13 @@ def convert_functional_model(model: keras.Model, fields: dict[str, Any]) -> LoRA
     base_config.pop("compile_config", None)
     clone = _clone(model, targets)
     lora_model = LoRAFunctional(*_structure(clone), name=model.name)
-    lora_model.lora_cfg = dataclasses.replace(cfg)
+    lora_model.lora_cfg = cfg
+    full = ([classifier] if classifier else []) + list(cfg.lora_modules_to_save)
+    lora_model.lora_trainable_layers = full
     # As text: Keras would track a dictionary, and takes apart the ones it deserialises.
     lora_model._base_config = json.dumps(base_config)
     transfer_weights(model, lora_model, LORA_WEIGHT_NAMES)
-    set_trainable(lora_model, cfg.lora_train_bias, [classifier] if classifier else ())
+    set_trainable(lora_model, cfg.lora_train_bias, lora_model.lora_trainable_layers)
     return lora_model
 
 

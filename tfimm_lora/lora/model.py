@@ -65,7 +65,7 @@ class LoRAModel:
 
     @property
     def lora_trainable_layers(self) -> list[str]:
-        """Paths of layers that are trained in full: the classifier, or none.
+        """Paths of layers that are trained in full: perhaps the classifier, and chosen ones.
 
         With ``lora_train_classifier=None`` it is trained if it is fresh, that is if its number of
         classes is not that of the checkpoint.
@@ -76,7 +76,8 @@ class LoRAModel:
             facts = self.pretrained_cfg
             wanted = facts is not None and self.cfg.nb_classes != facts.num_classes
         exists = classifier and self.cfg.nb_classes > 0 and classifier not in self._lora_modules
-        return [classifier] if wanted and exists else []
+        fresh = [classifier] if wanted and exists else []
+        return [*fresh, *(m for m in self.cfg.lora_modules_to_save if m not in fresh)]
 
 
 def insert_lora_layers(model: Any, targets: Sequence[Target]) -> None:

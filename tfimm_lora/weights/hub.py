@@ -26,8 +26,20 @@ class Checkpoint:
     pretrained_cfg: PretrainedConfig
 
 
-def _download(repo: str, filename: str, revision: str | None) -> Path:
-    """Fetches one file through the hub's cache; environment variables rule cache and token."""
+def download(repo: str, filename: str, revision: str | None) -> Path:
+    """Fetches one file through the hub's cache; environment variables rule cache and token.
+
+    Args:
+        repo: ``org/repo``.
+        filename: Path inside the repository.
+        revision: Branch, tag or commit; ``None`` is the main branch.
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        OSError: The file can be neither found nor downloaded; the message says what to do.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -35,7 +47,7 @@ def _download(repo: str, filename: str, revision: str | None) -> Path:
         f" at revision {revision}" if revision else ""
     )
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision))
+        return Path(huggingface_hub.hf_hubdownload(repo, filename, revision=revision))
     except errors.GatedRepoError as error:
         raise OSError(
             f"{where} is gated: accept its terms on the hub, then set HF_TOKEN or run "
@@ -125,14 +137,14 @@ def find_checkpoint(source: str | PretrainedConfig) -> Checkpoint:
                 f"There are no pretrained weights for {name!r}. See "
                 "tfimm_lora.list_models(pretrained=True, include_tags=True)."
             )
-        path = _download(source.hf_hub_id, source.hf_hub_filename, None)
+        path = download(source.hf_hub_id, source.hf_hub_filename, None)
         return Checkpoint(path, source)
     if source.startswith(HUB_PREFIX):
         repo, _, revision = source[len(HUB_PREFIX) :].partition("@")
-        config = _download(repo, "config.json", revision or None)
+        config = download(repo, "config.json", revision or None)
         cfg = read_hub_config(config)
         cfg.hf_hub_id = repo
-        return Checkpoint(_download(repo, cfg.hf_hub_filename, revision or None), cfg)
+        return Checkpoint(download(repo, cfg.hf_hub_filename, revision or None), cfg)
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} to load pretrained weights from.")
