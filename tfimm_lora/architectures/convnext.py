@@ -172,8 +172,8 @@ class ConvNeXtStage(keras.layers.Layer):
         super().__init__(**kwargs)
         self.dim = cfg.dims[stage]
         self.downsample_0 = self.downsample_1 = None
-        # timm downsamples wherever the resolution or the width changes.
-        if stage > 0 or cfg.dims[0] != cfg.dims[stage]:
+        # A stem with stride 2 leaves the other half of timm's reduction by 4 to the first stage.
+        if stage > 0 or (cfg.stem_type == "patch" and cfg.patch_size == 2):
             self.downsample_0 = create_norm(cfg.norm_layer, cfg.norm_eps, "downsample_0")
             self.downsample_1 = _conv(self.dim, 2, 2, "downsample_1")
         self.blocks = [

@@ -143,6 +143,7 @@ def create_norm(kind: str, epsilon: float, name: str, **kwargs: Any) -> keras.la
     Example:
         >>> norm = create_norm("layernorm", 1e-6, name="norm")
     """
+    kind = kind.removesuffix("2d")  # timm's names for NCHW maps; ours are NHWC
     if kind not in _NORMS:
         raise ValueError(f"Unknown norm_layer {kind!r}. Use one of {', '.join(sorted(_NORMS))}.")
     return _NORMS[kind](epsilon=epsilon, name=name, **kwargs)
