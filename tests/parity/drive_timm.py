@@ -21,11 +21,17 @@ def make(
     dtype: str = "float32",
     intermediates: bool = False,
     eps_probe: bool = False,
+    call_size: Any = None,
     batch: int = 2,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """One model; with another dtype its weights are rounded to it, computed with and stored so."""
+    """One model; with another dtype its weights are rounded to it, computed with and stored so.
+
+    ``call_size`` is the size of the images if it is not the size that the model was built for.
+    """
     model, x, meta = oracle.build(arch, seed, overrides, img_size, batch, eps_probe)
+    if call_size is not None:
+        x = torch.randn((batch, x.shape[1], *call_size), generator=oracle._stream(seed, "input"))
     stored = getattr(torch, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
