@@ -77,6 +77,12 @@ def save_adapter(model: keras.Model, folder: str | os.PathLike[str], name: str =
     stored = _stored_variables(model)
     tensors |= {key: v.to_timm() for key, v in stored.items()}
     modules = _full_layers(model)
+    if fields.lora_train_bias == "all":
+        # PEFT then expects the biases of both its copies of a layer that is trained in full.
+        for module in modules:
+            for key in [k for k in stored if is_below(k, module) and k.endswith(".bias")]:
+                for copy in ("original_module", "modules_to_save"):
+                    tensors[f"{module}.{copy}{key[len(module) :]}"] = tensors[key]
     config = peft_files.make_config(_model_name(model), fields, layers, modules)
     lora = split_lora_values(config_to_dict(fields))[0]
     lora["lora_train_classifier"] = any(m == _classifier(model) for m in modules)

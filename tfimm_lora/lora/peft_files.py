@@ -19,7 +19,7 @@ from tfimm_lora.lora.methods.base import Site
 
 PREFIX = "base_model.model."
 # Initialisations that change the frozen weights, so that A and B alone do not say the model.
-_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
+_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def peft_scaling(config: dict[str, Any], rank: int, alpha: float) -> float:

@@ -16,6 +16,7 @@ from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.names import iterate_layers, timm_path
 
 GROUPS = ("attention", "mlp", "all")
+_REGEX = re.compile(r"[\\()|^$+{}]|^\.\*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Target:
 def matches(pattern: str, module: str) -> bool:
     r"""Whether a pattern matches a timm path.
 
-    A pattern is a name or a wildcard for the whole path or for its end (from a dot on), or a
-    regular expression for the whole path.
+    A pattern is a name or a wildcard for the whole path or for its end (from a dot on). With one
+    of ``\ ( ) | ^ $ + { }``, or ``.*`` in front, it is a regular expression for the whole path.
 
     Args:
         pattern: ``mlp.fc1``, ``blocks.[0-3].attn.*`` or ``blocks\.(1|7)\.mlp\.fc.``, say.
@@ -51,6 +52,9 @@ def matches(pattern: str, module: str) -> bool:
     """
     if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}"):
         return True
+    # Read as a regular expression, the wildcard blocks.1.* would match blocks.10 as well.
+    if not _REGEX.search(pattern):
+        return False
     try:
         return re.fullmatch(pattern, module) is not None
     except re.error:

@@ -47,7 +47,7 @@ def download(repo: str, filename: str, revision: str | None) -> Path:
         f" at revision {revision}" if revision else ""
     )
     try:
-        return Path(huggingface_hub.hf_hubdownload(repo, filename, revision=revision))
+        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision))
     except errors.GatedRepoError as error:
         raise OSError(
             f"{where} is gated: accept its terms on the hub, then set HF_TOKEN or run "

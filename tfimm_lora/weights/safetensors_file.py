@@ -26,11 +26,14 @@ def refuse_pickle(path: Path) -> None:
     head = b""
     if path.is_file():
         with path.open("rb") as file:
-            head = file.read(2)
-    # A pickle starts with its protocol opcode, torch's newer format with a zip header.
-    pickled = head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05"
-    zipped = head == b"PK" and path.suffix != ".keras"
-    if path.suffix in _PICKLE_SUFFIXES or pickled or zipped:
+            head = file.read(9)
+    # safetensors: the header's length (at most 100 MB) in 8 bytes, then "{". The length alone may
+    # look like what a pickle (its protocol opcode) or torch's newer format (a zip) starts with.
+    named = path.suffix in _PICKLE_SUFFIXES
+    safetensors_like = head[8:] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
+    pickled = len(head) > 1 and head[0] == 0x80 and head[1] <= 5
+    zipped = head[:2] == b"PK" and path.suffix != ".keras"
+    if named or ((pickled or zipped) and not safetensors_like):
         raise ValueError(
             f"{path} is a pickle or an archive that can run code when it is opened, so it is not "
             "read. Use the checkpoint's .safetensors file, or convert it where it came from with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from tfimm_lora.lora.methods.base import Method
@@ -49,4 +50,4 @@ class LoRA(Method):
 
     def neutral(self) -> dict[str, Any]:
         """B = 0."""
-        return {self.b.name: ops.zeros_like(self.b)}
+        return {self.b.name: np.zeros(self.b.shape, "float32")}
