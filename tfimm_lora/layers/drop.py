@@ -18,7 +18,7 @@ _SEED_KEY = "seed_state"
 def save_seed_state(store: Any, generator: keras.random.SeedGenerator | None) -> None:
     """Writes the state of a seed generator into a layer's weight store."""
     if generator is not None:
-        store[_SEED_KEY] = np.asarray(ops.convert_to_numpy(generator.state))
+        store[_SEED_KEY] = ops.convert_to_numpy(ops.convert_to_tensor(generator.state))
 
 
 def load_seed_state(store: Any, generator: keras.random.SeedGenerator | None) -> None:

@@ -27,6 +27,7 @@ from tfimm_lora.weights.names import (
     iterate_layers,
     named_variables,
     timm_path,
+    variable_value,
 )
 from tfimm_lora.weights.safetensors_file import read_safetensors, write_aside, write_safetensors
 
@@ -267,7 +268,7 @@ def _base_hash(model: Any) -> str:
         if isinstance(v.layer, LoRALayer):
             value = v.layer.unmerged_value(v.variable)
         else:
-            value = np.asarray(keras.ops.convert_to_numpy(v.variable))
+            value = variable_value(v.variable)
         digest.update(v.name.encode())
         digest.update(np.ascontiguousarray(value, dtype=np.float32).tobytes())
     return digest.hexdigest()

@@ -8,7 +8,6 @@ from typing import Any
 
 import h5py
 import keras
-import numpy as np
 from keras import ops
 
 from tfimm_lora.architectures.config import base_config_values, make_config
@@ -151,5 +150,5 @@ def convert_to_regular_model(model: keras.Model) -> keras.Model:
     kernels = {v.path: v.variable for v in named_variables(regular) if v.leaf == "kernel"}
     for v in named_variables(model):
         if v.leaf == "kernel" and isinstance(v.layer, LoRALayer):
-            kernels[v.path].assign(np.asarray(ops.convert_to_numpy(v.layer.adapted_kernel())))
+            kernels[v.path].assign(ops.convert_to_numpy(v.layer.adapted_kernel()))
     return regular

@@ -14,6 +14,7 @@ from tfimm_lora.lora.config import check_rank
 from tfimm_lora.lora.methods import METHODS
 from tfimm_lora.lora.methods.base import Method, Site
 from tfimm_lora.lora.operations import OPERATIONS, Operation
+from tfimm_lora.weights.names import variable_value
 
 _FIELDS: dict[str, Any] = {
     "lora_rank": 4,
@@ -199,9 +200,7 @@ class LoRALayer:
         merged = self.adapted_kernel()
         neutral = {k: v for update in self.updates for k, v in update.neutral().items()}
         variables = {v.name: v for v in [self.kernel, *self.lora_weights]}
-        self._unmerged = {
-            name: np.array(ops.convert_to_numpy(variables[name])) for name in ("kernel", *neutral)
-        }
+        self._unmerged = {name: variable_value(variables[name]) for name in ("kernel", *neutral)}
         self.kernel.assign(merged)
         for name, value in neutral.items():
             variables[name].assign(value)
@@ -225,7 +224,7 @@ class LoRALayer:
         """The value that a variable of this layer has when nothing is merged."""
         if variable.name in self._unmerged:
             return self._unmerged[variable.name]
-        return np.asarray(ops.convert_to_numpy(variable))
+        return variable_value(variable)
 
     def _own(self) -> list[Any]:
         bias = [] if self.bias is None else [self.bias]

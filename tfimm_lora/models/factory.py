@@ -11,7 +11,7 @@ import keras
 
 from tfimm_lora.architectures.config import config_to_dict, make_config
 from tfimm_lora.architectures.pretrained import PretrainedConfig
-from tfimm_lora.models.registry import find_entry, model_config, pretrained_config, split_name
+from tfimm_lora.models.registry import find_entry, model_config, pretrained_config
 from tfimm_lora.models.transfer import transfer_weights
 from tfimm_lora.weights.hub import HUB_PREFIX, Checkpoint, find_checkpoint
 from tfimm_lora.weights.loading import load_safetensors
@@ -79,11 +79,12 @@ def create_with_class(
         A built model with its weights.
     """
     entry, tag = find_entry(model_name)
+    model_name = f"{entry.name}.{tag}" if tag else entry.name
     cls = model_cls or entry.resolve_class()
     overrides = {k: v for k, v in overrides.items() if v is not None or k not in _OPTIONAL}
     cfg, facts, checkpoint = model_config(model_name), pretrained_config(model_name), None
     if pretrained and not model_path:
-        checkpoint = _find_pretrained(entry.name, model_name, tag, pretrained)
+        checkpoint = _find_pretrained(entry.name, tag, pretrained)
         facts = checkpoint.pretrained_cfg
         cfg = dataclasses.replace(
             cfg, nb_classes=facts.num_classes, input_size=tuple(facts.input_size[1:])
@@ -119,24 +120,19 @@ def build_model(cls: type, cfg: Any, facts: PretrainedConfig | None) -> keras.Mo
     return model
 
 
-def _find_pretrained(
-    architecture: str, model_name: str, tag: str, wanted: bool | str
-) -> Checkpoint:
+def _find_pretrained(architecture: str, tag: str, wanted: bool | str) -> Checkpoint:
     """Resolves the argument ``pretrained`` to a weights file."""
     if wanted is True:
-        return find_checkpoint(pretrained_config(f"{architecture}.{tag}" if tag else model_name))
+        return find_checkpoint(pretrained_config(f"{architecture}.{tag}" if tag else architecture))
     source = str(wanted)
     if not source.startswith(HUB_PREFIX) and not Path(source).is_dir():
-        named = split_name(model_name)[1]
         if os.sep in source:
             raise FileNotFoundError(
                 f"pretrained={source!r}: there is no such folder. For a single file use "
                 "model_path=FILE."
             )
-        if named and named != source:
-            raise ValueError(
-                f"The name {model_name!r} has a tag and pretrained={source!r} another."
-            )
+        if tag and tag != source:
+            raise ValueError(f"The name has the tag {tag!r} and pretrained={source!r} is another.")
         return find_checkpoint(pretrained_config(f"{architecture}.{source}"))
     checkpoint = find_checkpoint(source)
     found = checkpoint.pretrained_cfg.architecture

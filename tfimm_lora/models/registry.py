@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import re
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from typing import Any, TypeVar
@@ -63,6 +64,21 @@ def _entries() -> dict[str, _Entry]:
     return {**_table(), **_registered}
 
 
+@functools.cache
+def _retired_names() -> dict[str, str]:
+    file = resources.files("tfimm_lora.architectures") / "variants" / "retired_names.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _current_name(model_name: str) -> str:
+    """Resolves a name that timm (and tfimm with it) has given up, as timm resolves it."""
+    current = _retired_names().get(model_name)
+    if current is None or model_name in _registered:
+        return model_name
+    warnings.warn(f"Model {model_name!r} is called {current!r} now.", stacklevel=4)
+    return current
+
+
 def split_name(model_name: str) -> tuple[str, str]:
     """Splits ``arch.tag`` into architecture and tag (``""`` if there is none)."""
     architecture, _, tag = model_name.partition(".")
@@ -73,12 +89,12 @@ def find_entry(model_name: str) -> tuple[_Entry, str]:
     """Looks a model up.
 
     Returns:
-        The registered architecture and the tag, the default one if the name has none.
+        The registered architecture and the tag, ``""`` if the name has none.
 
     Raises:
         ValueError: The name or the tag is unknown; the nearest ones are suggested.
     """
-    architecture, tag = split_name(model_name)
+    architecture, tag = split_name(_current_name(model_name))
     entries = _entries()
     if architecture not in entries:
         raise ValueError(
@@ -92,7 +108,7 @@ def find_entry(model_name: str) -> tuple[_Entry, str]:
             f"Model {architecture!r} has no checkpoint tag {tag!r}.{nearest_names(tag, entry.tags)}"
             f" Its tags: {known}."
         )
-    return entry, tag or next(iter(entry.tags), "")
+    return entry, tag
 
 
 def model_class(model_name: str) -> type:
@@ -125,6 +141,7 @@ def pretrained_config(model_name: str) -> PretrainedConfig:
         'apache-2.0'
     """
     entry, tag = find_entry(model_name)
+    tag = tag or next(iter(entry.tags), "")
     if not tag:
         cfg = model_config(model_name)
         return PretrainedConfig(
@@ -158,7 +175,7 @@ def model_config(model_name: str) -> Any:
         cfg = dataclasses.replace(entry.model[1])
     else:
         cfg = entry.resolve_class().cfg_class(name=entry.name, **entry.values)  # type: ignore[attr-defined]
-    if split_name(model_name)[1]:
+    if tag:
         facts = pretrained_config(f"{entry.name}.{tag}")
         cfg = dataclasses.replace(
             cfg, nb_classes=facts.num_classes, input_size=tuple(facts.input_size[1:])

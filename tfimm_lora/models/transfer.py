@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable
 
 import keras
-import numpy as np
 
 from tfimm_lora.weights.adapt import adapt_weight, is_below
 from tfimm_lora.weights.loading import check_names
-from tfimm_lora.weights.names import named_variables
+from tfimm_lora.weights.names import named_variables, variable_value
 
 
 def transfer_weights(
@@ -49,7 +48,7 @@ def transfer_weights(
     check_names(set(target) - set(source), set(source) - set(target), f"{src_model.name!r}")
     size = getattr(src_cfg, "input_size", None)
     for name, entry in target.items():
-        value = np.asarray(keras.ops.convert_to_numpy(source[name].variable))
+        value = variable_value(source[name].variable)
         entry.variable.assign(
             adapt_weight(dst_model, name, value, tuple(entry.variable.shape), size)
         )

@@ -64,7 +64,7 @@ def download(repo: str, filename: str, revision: str | None) -> Path:
             f"{where} could not be found. Offline, it has to be in the hub's cache already; or "
             f"download the file elsewhere and pass model_path=FILE. ({error})"
         ) from error
-    except Exception as error:
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:
         raise OSError(
             f"{where} could not be fetched: {error}. Without network, download the file elsewhere "
             "and pass model_path=FILE."

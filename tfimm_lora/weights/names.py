@@ -57,12 +57,19 @@ class NamedVariable:
 
     def to_timm(self) -> np.ndarray:
         """The value in torch's layout."""
-        value = np.asarray(keras.ops.convert_to_numpy(self.variable))
-        return np.ascontiguousarray(to_timm_layout(self.layer, self.leaf, value))
+        return np.ascontiguousarray(
+            to_timm_layout(self.layer, self.leaf, variable_value(self.variable))
+        )
 
     def from_timm(self, value: np.ndarray) -> np.ndarray:
         """A value in torch's layout, turned into Keras' layout."""
         return from_timm_layout(self.layer, self.leaf, value)
+
+
+def variable_value(variable: Any) -> np.ndarray:
+    """Returns a copy of a variable's value."""
+    # By way of a tensor: NumPy warns when it is handed a TensorFlow variable.
+    return np.array(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
 
 
 def timm_path(path: str) -> str:
