@@ -98,7 +98,9 @@ def layer_from_peft(layer: Any, a: np.ndarray, b: np.ndarray) -> dict[str, np.nd
     return values
 
 
-def make_config(model_name: str, fields: Any, layers: dict[str, LoRALayer], modules: list[str]):
+def make_config(
+    model_name: str, fields: Any, layers: dict[str, LoRALayer], modules: list[str]
+) -> dict[str, Any]:
     """Builds the content of ``adapter_config.json``.
 
     Args:
@@ -107,7 +109,8 @@ def make_config(model_name: str, fields: Any, layers: dict[str, LoRALayer], modu
         layers: LoRA layers by timm path.
         modules: Layers that are saved in full.
     """
-    ranks, alphas = {}, {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     default_alpha = fields.lora_rank if fields.lora_alpha is None else fields.lora_alpha
     for module, layer in layers.items():
         _, _, rank, alpha = layer_to_peft(layer)
