@@ -288,8 +288,9 @@ class ConvNeXt(ImageModel):
             else:
                 act = get_activation(cfg.act_layer)
                 self.stem.append(keras.layers.Activation(act, name=f"stem_{i}"))
-        rates = np.linspace(0.0, cfg.drop_path_rate, sum(cfg.depths))
-        rates = np.split(rates, np.cumsum(cfg.depths)[:-1])
+        rates = np.split(
+            np.linspace(0.0, cfg.drop_path_rate, sum(cfg.depths)), np.cumsum(cfg.depths)[:-1]
+        )
         self.stages = [
             ConvNeXtStage(cfg, i, [float(r) for r in rates[i]], name=f"stages_{i}")
             for i in range(len(cfg.depths))

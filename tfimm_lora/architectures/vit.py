@@ -349,7 +349,7 @@ class ViT(ImageModel):
         """Resizes position table and patch kernel; see the base class."""
         if name == "patch_embed.proj.weight":
             if value.shape[:2] != shape[:2]:
-                value = resample_patch_kernel(value, shape[:2])
+                value = resample_patch_kernel(value, (shape[0], shape[1]))
         elif name == "pos_embed":
             rows = value.shape[1] - cfg.num_prefix_positions
             grid = _source_grid(rows, cfg.patch_size, source_size)

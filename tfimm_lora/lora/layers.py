@@ -49,6 +49,7 @@ class LoRALayer:
     kernel: Any
     path: str
     lora_alpha: Any
+    lora_dropout: float
     lora_init: Any
     lora_method: str
     lora_rank: Any

@@ -38,11 +38,11 @@ class LoRAModel:
     pretrained_cfg: Any
 
     def __init__(self, cfg: Any, **kwargs: Any) -> None:
-        super().__init__(cfg, **kwargs)
+        super().__init__(cfg, **kwargs)  # type: ignore[call-arg]
         classifier = getattr(cfg, "classifier", "")
         self._lora_modules: tuple[str, ...] = ()
         targets = find_targets(
-            self,  # type: ignore[arg-type]
+            self,
             cfg,
             self.lora_default_targets,
             self.lora_target_groups,
@@ -61,7 +61,7 @@ class LoRAModel:
     def build(self, input_shape: Any) -> None:
         """Builds the architecture, then sets which weights are trained."""
         super().build(input_shape)  # type: ignore[misc]
-        set_trainable(self, self.cfg.lora_train_bias, self.lora_trainable_layers)  # type: ignore[arg-type]
+        set_trainable(self, self.cfg.lora_train_bias, self.lora_trainable_layers)
 
     @property
     def lora_trainable_layers(self) -> list[str]:

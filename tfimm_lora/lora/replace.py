@@ -46,11 +46,12 @@ def replace_sublayer(
             setattr(parent, name, new)
             found = True
         elif isinstance(value, (list, dict)) and name != "_layers":
-            items: Any = enumerate(value) if isinstance(value, list) else list(value.items())
+            kind: Any = list if isinstance(value, list) else dict
+            items = list(enumerate(value) if kind is list else value.items())  # type: ignore
             for key, item in items:
                 if item is old:
                     # The plain method: Keras' tracked containers would not track the new item.
-                    (list if isinstance(value, list) else dict).__setitem__(value, key, new)
+                    kind.__setitem__(value, key, new)
                     tracker.track(new)
                     found = True
     # Order of layers is order of weights.

@@ -80,7 +80,7 @@ def create_with_class(
     """
     entry, tag = find_entry(model_name)
     model_name = f"{entry.name}.{tag}" if tag else entry.name
-    cls = model_cls or entry.resolve_class()
+    cls: Any = model_cls or entry.resolve_class()
     overrides = {k: v for k, v in overrides.items() if v is not None or k not in _OPTIONAL}
     cfg, facts, checkpoint = model_config(model_name), pretrained_config(model_name), None
     if pretrained and not model_path:
@@ -174,7 +174,7 @@ def _load_file(
     return model
 
 
-def _from_saved_model(cls: type, cfg: Any, saved: keras.Model) -> keras.Model:
+def _from_saved_model(cls: type, cfg: Any, saved: Any) -> keras.Model:
     """Takes a saved model as it is if its config is the wanted one, else copies its weights."""
     if type(saved) is cls and saved.cfg == cfg:
         return saved

@@ -55,7 +55,7 @@ def adapt_weight(
     Raises:
         ValueError: The shapes differ and nothing is known that would fit them.
     """
-    cfg = getattr(model, "cfg", None)
+    cfg: Any = getattr(model, "cfg", None)
     found = value.shape
     if value.ndim == 4 and is_below(name, getattr(cfg, "first_conv", "").replace("/", ".")):
         value = adapt_first_conv(value, cfg.in_channels)
