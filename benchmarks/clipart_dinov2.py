@@ -50,9 +50,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--probe-epochs", type=int, default=100)
     parser.add_argument("--probe-rate", type=float, default=3e-3)
-    parser.add_argument("--lora-epochs", type=int, default=6)
+    parser.add_argument("--lora-epochs", type=int, default=5)
     parser.add_argument("--lora-rate", type=float, default=1e-3)
-    parser.add_argument("--full-epochs", type=int, default=6)
+    parser.add_argument("--full-epochs", type=int, default=5)
     parser.add_argument("--full-rate", type=float, default=5e-5)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--note", default="", help="a sentence for the table's caption")
@@ -75,6 +75,7 @@ def recipe(arguments: argparse.Namespace, method: str, seed: int) -> RunConfig:
             methods=method,
             epochs=epochs,
             batch_size=arguments.batch_size,
+            validate_every=epochs,
             learning_rate=rate,
             precision=arguments.precision,
             seed=seed,

@@ -3,7 +3,7 @@
 An oracle (timm, PEFT, tfimm) lives in a Python environment of its own, and importing it takes
 seconds. ``Oracle`` starts one process per pytest worker when the first case is asked for, hands it
 requests as lines of JSON, and keeps every case in a cache folder whose name is a hash of the
-request and of the oracle's source files: a second run, or another worker, reads what is there.
+request and of the oracle's source files: a second run, or another worker, reads what is there. The versions of the packages in the oracle's environment are in the hash, too.
 
     oracle = Oracle("timm", python, script, sources, cache)
     folder = oracle.case("make", arch="test_vit", img_size=48)      # a folder with .npy files
@@ -60,6 +60,8 @@ class Oracle:
         self._command = [python, str(script), *arguments]
         self._env = dict(os.environ if env is None else env)
         self._identity = hashlib.sha256(python.encode())
+        for package in sorted(Path(python).parents[1].glob("lib/*/site-packages/*.dist-info")):
+            self._identity.update(package.name.encode())  # name and version
         for path in (script, script.parent / "serve.py", *sources):
             self._identity.update(path.read_bytes())
         self._process: subprocess.Popen[str] | None = None

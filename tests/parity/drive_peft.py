@@ -32,5 +32,33 @@ def count(arch: str, nb_classes: int, **lora: Any) -> str:
     return printed.getvalue().strip()
 
 
+def convolution(
+    out: str, weights: str, inputs: str, bias: bool, stride: int, groups: int, **lora: Any
+) -> dict[str, Any]:
+    """A convolution with an adapter whose weights are given: outputs, merged if PEFT can merge."""
+    np, torch = oracle.np, oracle.torch
+    with np.load(weights) as archive:
+        values = {k: torch.from_numpy(v) for k, v in archive.items()}
+    filters, channels, height, width = values["weight"].shape
+    layer = torch.nn.Conv2d(
+        channels * groups, filters, (height, width), stride, groups=groups, bias=bias
+    )
+    base = {k: values[k] for k in ("weight", "bias") if k in values}
+    layer.load_state_dict(base, strict=True)
+    config = oracle.LoraConfig(target_modules=["0"], **lora)
+    model = oracle.get_peft_model(torch.nn.Sequential(layer), config)
+    factors = {f"base_model.model.0.{k}.weight": values[k] for k in ("lora_A", "lora_B")}
+    loaded = oracle.set_peft_model_state_dict(model, factors)
+    images = torch.from_numpy(np.load(inputs)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        results = {"adapter": model(images).permute(0, 2, 3, 1).numpy()}
+        if groups == 1:
+            merged = model.merge_and_unload()
+            results["merged"] = merged(images).permute(0, 2, 3, 1).numpy()
+            results["kernel"] = merged[0].weight.permute(2, 3, 1, 0).numpy()
+    np.savez(out, **results)
+    return {"unexpected": list(loaded.unexpected_keys)}
+
+
 if __name__ == "__main__":
-    serve({"generate": generate, "verify": verify, "count": count})
+    serve({"generate": generate, "verify": verify, "count": count, "convolution": convolution})

@@ -95,10 +95,11 @@ def open_tfds(config: DataConfig, argument: str) -> Source:
 
 
 def _builder(config: DataConfig, name: str) -> Any:
-    import tensorflow_datasets as tfds
-
     if not name:
         raise DataError("No data set given: type --data.source tfds:NAME, tfds:beans say.")
+    import importlib_resources  # noqa: F401  (tensorflow-datasets needs it and does not say so)
+    import tensorflow_datasets as tfds
+
     try:
         builder = tfds.builder(name, data_dir=config.data_dir)
     except tfds.core.DatasetNotFoundError:

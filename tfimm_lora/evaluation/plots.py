@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ def plot_run(folder: str | Path, metrics: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1), sharey=True)
     _draw_curves(left, _history(folder), done, metrics["score"])
     _draw_costs(right, done, metrics["score"])
+    lowest = min(min(line.get_ydata()) for line in left.lines if len(line.get_ydata()))
+    left.set_ylim(max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.03)
     for axes in (left, right):
         _tidy(axes)
     title = f"{metrics['model']} adapted to {metrics['classes']} classes"
@@ -76,11 +79,10 @@ def _draw_curves(
         colour, marker = _style(name, names)
         epochs = [row["epoch"] for row in history[name]]
         validated = [row for row in history[name] if f"val_{score}" in row]
-        values = [row[f"val_{score}"] for row in validated]
         label = LABELS.get(name, name)
         axes.plot(
             [row["epoch"] for row in validated],
-            values,
+            [row[f"val_{score}"] for row in validated],
             marker=marker,
             color=colour,
             lw=2.2,
@@ -89,9 +91,9 @@ def _draw_curves(
             zorder=3,
         )
         train = [row[score] for row in history[name]]
-        axes.plot(epochs, train, color=colour, lw=1, ls=(0, (2, 2)), alpha=0.55, zorder=2)
-    axes.plot([], [], color=FAINT, lw=2.2, label="validation")
-    axes.plot([], [], color=FAINT, lw=1, ls=(0, (2, 2)), label="training")
+        axes.plot(epochs, train, color=colour, lw=1.1, ls=(0, (2, 2)), alpha=0.6, zorder=2)
+    axes.plot([], [], color=FAINT, lw=1.1, ls=(0, (2, 2)), label="on training images")
+    axes.set_xlim(left=0)
     axes.set_xlabel("epoch")
     axes.set_ylabel(score)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
@@ -100,33 +102,39 @@ def _draw_curves(
 
 def _draw_costs(axes: Axes, done: dict[str, Any], score: str) -> None:
     names = list(done)
+    sizes = [math.log10(figures["trainable_weights"]) for figures in done.values()]
+    low, high = min(sizes), max(sizes)
+    margin = 0.22 * max(high - low, 1.0)
     for name, figures in done.items():
         colour, marker = _style(name, names)
         weights, value = figures["trainable_weights"], figures[f"val_{score}"]
         axes.plot([weights], [value], marker, color=colour, ms=11, zorder=3)
         axes.annotate(
-            f"{LABELS.get(name, name)}\n{value:.1%} with {weights:,}",
+            f"{LABELS.get(name, name)}\n{value:.1%}\n{weights:,} weights",
             (weights, value),
-            xytext=(0, -14),
+            xytext=(0, -13 - 44 * _neighbours_before(sizes, names.index(name), margin)),
             textcoords="offset points",
             ha="center",
             va="top",
             fontsize=9,
+            linespacing=1.35,
             color=INK,
         )
     axes.set_xscale("log")
-    low = min(figures["trainable_weights"] for figures in done.values())
-    high = max(figures["trainable_weights"] for figures in done.values())
-    axes.set_xlim(low / 10, high * 12)
+    axes.set_xlim(10 ** (low - margin), 10 ** (high + margin))
     axes.set_xlabel("trainable weights (logarithmic)")
     axes.set_title("What the accuracy cost", loc="left", fontsize=11, color=INK)
+
+
+def _neighbours_before(sizes: list[float], index: int, margin: float) -> int:
+    """How many earlier labels stand where this one would: it goes below them."""
+    return sum(abs(sizes[index] - other) < margin for other in sizes[:index])
 
 
 def _tidy(axes: Axes) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylim(0, 1.03)
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9, length=3)

@@ -9,13 +9,14 @@ from typing import Any
 
 import keras
 
-from tfimm_lora.architectures.config import config_to_dict, make_config
+from tfimm_lora.architectures.config import base_config_values, config_to_dict, make_config
 from tfimm_lora.architectures.pretrained import PretrainedConfig
 from tfimm_lora.models.registry import find_entry, model_config, pretrained_config
 from tfimm_lora.models.transfer import transfer_weights
 from tfimm_lora.weights.hub import HUB_PREFIX, Checkpoint, find_checkpoint
 from tfimm_lora.weights.loading import load_safetensors
-from tfimm_lora.weights.safetensors_file import refuse_pickle
+from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, is_lora_weight, named_variables
+from tfimm_lora.weights.safetensors_file import read_safetensors, refuse_pickle
 
 
 def create_model(
@@ -38,8 +39,9 @@ def create_model(
             names, ``.weights.h5`` or ``.keras``. Defaults to none.
         in_channels: Number of input channels; ``None`` takes the model's. The first convolution of
             a checkpoint is adapted.
-        nb_classes: Number of classes, 0 for pooled features; ``None`` takes the checkpoint's. A
-            number other than the checkpoint's gives a fresh classifier.
+        nb_classes: Number of classes, 0 for pooled features. A number other than the
+            checkpoint's gives a fresh classifier. ``None`` takes the checkpoint's; for a
+            ``.safetensors`` file, the model's, and the file has to have as many or no classifier.
         **config: Any other field of the model's config, for example ``input_size=(H, W)`` or
             ``drop_path_rate=0.1``. timm's ``num_classes``, ``in_chans``, ``img_size`` are accepted.
 
@@ -92,7 +94,14 @@ def create_with_class(
     cfg = make_config(cls.cfg_class, config_to_dict(cfg), overrides)
     if model_path:
         chosen = any(k in overrides for k in ("nb_classes", "num_classes"))
-        return _load_file(cls, cfg, facts, Path(model_path), fresh_classifier=chosen)
+        path = Path(model_path)
+        if not path.exists():
+            raise FileNotFoundError(f"There is no weights file {path}.")
+        refuse_pickle(path)
+        if path.suffix == ".keras":
+            saved = keras.saving.load_model(path, compile=False)
+            return _from_saved_model(cls, overrides, saved)
+        return _load_file(cls, cfg, facts, path, fresh_classifier=chosen)
     if checkpoint is None:
         return build_model(cls, cfg, facts)
     model = build_model(cls, cfg, facts)
@@ -148,20 +157,20 @@ def _load_file(
     cls: type, cfg: Any, facts: PretrainedConfig, path: Path, fresh_classifier: bool
 ) -> keras.Model:
     """Creates a model with the weights of one file."""
-    if not path.exists():
-        raise FileNotFoundError(f"There is no weights file {path}.")
-    refuse_pickle(path)
-    if path.suffix == ".keras":
-        return _from_saved_model(cls, cfg, keras.saving.load_model(path, compile=False))
     if path.name.endswith(".weights.h5"):
         model = build_model(cls, cfg, facts)
-        model.load_weights(path)
+        try:
+            model.load_weights(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} does not fit: a .weights.h5 file needs a model of the config it was saved "
+                f"from, and this one has nb_classes={cfg.nb_classes}, in_channels="
+                f"{cfg.in_channels}, input_size={tuple(cfg.input_size)}. ({error})"
+            ) from error
         return model
     if path.suffix != ".safetensors":
         raise ValueError(f"{path.name}: weights files end in .safetensors, .weights.h5 or .keras.")
     # The head's size is that of the file, whatever the default tag of the architecture has.
-    from tfimm_lora.weights.safetensors_file import read_safetensors
-
     with read_safetensors(path) as file:
         shape = file.shapes.get(f"{cfg.classifier}.weight", (0,))
     facts = dataclasses.replace(facts, num_classes=shape[0], hf_hub_id="", file=str(path))
@@ -174,12 +183,22 @@ def _load_file(
     return model
 
 
-def _from_saved_model(cls: type, cfg: Any, saved: Any) -> keras.Model:
+def _from_saved_model(cls: Any, overrides: dict[str, Any], saved: Any) -> keras.Model:
     """Takes a saved model as it is if its config is the wanted one, else copies its weights."""
-    if type(saved) is cls and saved.cfg == cfg:
-        return saved
     if not hasattr(saved, "cfg"):
         raise ValueError(f"The file holds a {type(saved).__name__}, not a model of this package.")
+    values = base_config_values(saved.cfg, cls.cfg_class)
+    cfg = make_config(cls.cfg_class, values, overrides)
+    if type(saved) is cls and saved.cfg == cfg:
+        return saved
     model = build_model(cls, cfg, getattr(saved, "pretrained_cfg", None))
-    transfer_weights(saved, model)
+    adapted, wanted = (
+        any(is_lora_weight(v.leaf) for v in named_variables(m)) for m in (saved, model)
+    )
+    if adapted and not wanted:
+        raise ValueError(
+            "The file holds a LoRA model. Load it with keras.saving.load_model or "
+            "lora.create_model, then use lora.convert_to_regular_model."
+        )
+    transfer_weights(saved, model, None if adapted else LORA_WEIGHT_NAMES)
     return model

@@ -11,7 +11,6 @@ import functools
 import importlib
 import json
 import re
-import typing
 import warnings
 from collections.abc import Callable
 from importlib import resources
@@ -288,7 +287,8 @@ def register_model(function: _Function) -> _Function:
         ... def my_vit():
         ...     return ViT, ViTConfig(name="my_vit", embed_dim=64, depth=2, num_heads=2)
     """
-    cls, cfg, *rest = typing.cast(tuple[Any, ...], function())
+    found: tuple[Any, ...] = function()
+    cls, cfg, *rest = found
     name = function.__name__
     if not isinstance(cfg, getattr(cls, "cfg_class", ())):
         raise ValueError(

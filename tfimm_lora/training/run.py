@@ -104,11 +104,10 @@ def _default_output(config: RunConfig) -> Path:
 def _train(method: str, folder: Path, console: Console) -> dict[str, Any]:
     """Runs one method's process to its end and returns its last event."""
     console.begin(method)
-    command = [sys.executable, "-m", "tfimm_lora.training.worker", str(folder), method]
     with (
         open(folder / "log.txt", "a", encoding="utf-8") as log,
         subprocess.Popen(
-            command,
+            _command(folder, method),
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -139,6 +138,10 @@ def _train(method: str, folder: Path, console: Console) -> dict[str, Any]:
     failed = _how_it_ended(process.returncode)
     console.end(failed)
     return {"event": "failed", "failed": f"{method} {failed}"}
+
+
+def _command(folder: Path, method: str) -> list[str]:
+    return [sys.executable, "-m", "tfimm_lora.training.worker", str(folder), method]
 
 
 def _environment() -> dict[str, str]:
