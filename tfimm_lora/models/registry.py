@@ -290,7 +290,8 @@ def register_model(function: _Function) -> _Function:
     found: tuple[Any, ...] = function()
     cls, cfg, *rest = found
     name = function.__name__
-    if not isinstance(cfg, getattr(cls, "cfg_class", ())):
+    cfg_class: Any = getattr(cls, "cfg_class", ())
+    if not isinstance(cfg, cfg_class):
         raise ValueError(
             f"{cls.__name__}.cfg_class has to be the class of the registered config "
             f"({type(cfg).__name__})."
