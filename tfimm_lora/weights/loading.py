@@ -88,10 +88,11 @@ def load_safetensors(
         check_names(names - set(file.shapes), set(file.shapes) - names - skipped, str(file.path))
         for name in sorted(names):
             entry = variables[name]
-            value = entry.from_timm(file.read(name))
+            stored = entry.from_timm(file.read(name))
             try:
-                value = adapt_weight(model, name, value, entry.variable.shape, source_size)
+                value = adapt_weight(model, name, stored, entry.variable.shape, source_size)
             except ValueError as error:
                 raise ValueError(f"{file.path}: {error}") from error
-            entry.variable.assign(value)
+            # timm fits a weight in float32 and goes back to the type of the checkpoint.
+            entry.variable.assign(value if value is stored else file.rounded(name, value))
     return found if classifier else None

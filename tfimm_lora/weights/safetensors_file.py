@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import ml_dtypes  # registers bfloat16 with NumPy
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
 _PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npz"}
+
+_HALF_PRECISION = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def refuse_pickle(path: Path) -> None:
@@ -68,6 +70,11 @@ class SafetensorsFile:
         except Exception as error:
             raise ValueError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
         return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
+
+    def rounded(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Rounds a float32 value to the precision that a tensor has in the file."""
+        dtype = _HALF_PRECISION.get(self._handle.get_slice(name).get_dtype())
+        return value if dtype is None else value.astype(dtype).astype(value.dtype)
 
 
 @contextlib.contextmanager
