@@ -179,6 +179,41 @@ def test_every_type_on_disk_is_read(
     assert error <= TIMM_TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "overrides", "size"),
+    [("test_vit", {"in_chans": 5}, [80, 64]), ("test_convnext3", {"in_chans": 1}, [64, 96])],
+)
+def test_adapted_weights_keep_the_precision_of_the_file(
+    name: str,
+    overrides: dict,
+    size: list[int],
+    dtype: str,
+    timm_oracle: Oracle,
+    zoo: dict,
+    record_property: Any,
+) -> None:
+    """timm rounds a resized position table to the checkpoint's type; so a DINOv2 in float16."""
+    request = reduced(zoo["archs"][name])
+    source = timm_oracle.case("make", arch=name, **request, dtype=dtype)
+    adapted = timm_oracle.case(
+        "adapt", arch=name, source=str(source), overrides=overrides, img_size=size
+    )
+    model = tfimm_lora.create_model(
+        name,
+        model_path=str(source / "weights.safetensors"),
+        in_channels=overrides["in_chans"],
+        input_size=tuple(size),
+    )
+    error = relative_error(model(load(adapted, "input")), load(adapted, "logits"))
+    record_property("relative_errors", {dtype: error})
+    # A value between two of the type may be rounded either way.
+    assert error <= (2e-3 if dtype == "bfloat16" else 3e-4)
+    ours, theirs = timm_weights(model), load_tensors(adapted / "weights.safetensors")
+    equal = [np.mean(ours[key] == theirs[key]) for key in theirs]
+    assert min(equal) > 0.99
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_saved_weights_are_read_by_timm(
     dtype: str, timm_oracle: Oracle, zoo: dict, tmp_path: Path
