@@ -205,6 +205,11 @@ def _filters(patterns: str | list[str] | tuple[str, ...]) -> list[str]:
     return [p for p in ([patterns] if isinstance(patterns, str) else patterns) if p]
 
 
+def _is_loadable(row: dict[str, Any]) -> bool:
+    """Whether a tag's weights can be had: some of timm's exist only as a pickle at some address."""
+    return row.get("has_weights", True) and bool(row.get("hf_hub_id") or row.get("file"))
+
+
 def list_models(
     name_filter: str | list[str] = "",
     module: str = "",
@@ -242,7 +247,7 @@ def list_models(
     for entry in _entries().values():
         if module and entry.module != module:
             continue
-        tags = [t for t, row in entry.tags.items() if row.get("has_weights", True)]
+        tags = [t for t, row in entry.tags.items() if _is_loadable(row)]
         if pretrained and not tags:
             continue
         if include_tags:
