@@ -1,9 +1,10 @@
 """LoRA versions of functional and Sequential models.
 
-The model is cloned layer by layer, with LoRA layers in place of the targets. Where a composite
-layer creates its sublayers in ``build`` (``keras.layers.MultiHeadAttention``), they are exchanged
-after it. The result remembers the config of the regular model and the LoRA fields, and is restored
-from a file by the same conversion, so that nothing depends on how a composite layer serialises.
+The model is restored from its config, and its graph run through again with LoRA layers in place of
+the targets. Targets inside a composite layer (``keras.layers.MultiHeadAttention``, KerasHub's
+encoders) are exchanged in it. The result remembers the config of the regular model and the LoRA
+fields, and is restored from a file by the same steps, so that nothing depends on how a composite
+layer serialises.
 """
 
 from __future__ import annotations
@@ -55,18 +56,23 @@ class LoRAFunctional(keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> keras.Model:
         """Restores the regular model and converts it again."""
-        base = keras.saving.deserialize_keras_object(config["base"], custom_objects)
-        return convert_functional_model(base, config["lora"])
+        text = json.dumps(config["base"])
+        return _convert(_restore(text, custom_objects), text, config["lora"])
 
 
-def _classifier(model: keras.Model) -> str:
+def _restore(text: str, custom_objects: Any = None) -> keras.Model:
+    """Builds a model with fresh weights from its serialised config."""
+    return keras.saving.deserialize_keras_object(json.loads(text), custom_objects)
+
+
+def _last_adaptable(model: keras.Model) -> str:
     """Path of the last layer that could be adapted, which classifies."""
     paths = [path for path, layer in iterate_layers(model) if is_adaptable(layer)]
     return timm_path(paths[-1]) if paths else ""
 
 
 def convert_functional_model(model: keras.Model, fields: dict[str, Any]) -> LoRAFunctional:
-    """Clones a functional or Sequential model with LoRA layers.
+    """Creates the LoRA version of a functional or Sequential model.
 
     Args:
         model: A built model; it is not changed.
@@ -74,7 +80,7 @@ def convert_functional_model(model: keras.Model, fields: dict[str, Any]) -> LoRA
             ``lora_train_classifier=True`` the last of them is trained in full instead.
 
     Returns:
-        The LoRA model.
+        The LoRA model, with the model's weights.
 
     Raises:
         ValueError: The model is not built, a field is unknown or a target matches nothing.
@@ -83,50 +89,54 @@ def convert_functional_model(model: keras.Model, fields: dict[str, Any]) -> LoRA
         raise ValueError(
             f"{model.name!r} is not built: give it an input (keras.Input), or call it once."
         )
-    cfg = make_config(LoRAConfig, {}, fields)
-    classifier = _classifier(model) if cfg.lora_train_classifier else ""
-    targets = find_targets(model, cfg, ("all",), {}, {}, classifier)
-    if classifier in [t.module for t in targets]:
-        raise ValueError(f"The classifier {classifier!r} is adapted and trained in full.")
-    base_config = keras.saving.serialize_keras_object(model)
-    base_config.pop("compile_config", None)
-    clone = _clone(model, targets)
-    lora_model = LoRAFunctional(*_structure(clone), name=model.name)
-    lora_model.lora_cfg = cfg
-    full = ([classifier] if classifier else []) + list(cfg.lora_modules_to_save)
-    lora_model.lora_trainable_layers = full
-    # As text: Keras would track a dictionary, and takes apart the ones it deserialises.
-    lora_model._base_config = json.dumps(base_config)
+    config = keras.saving.serialize_keras_object(model)
+    config.pop("compile_config", None)
+    # As text: Keras would track a dictionary, and takes apart the ones it restores from.
+    text = json.dumps(config)
+    lora_model = _convert(_restore(text), text, fields)
     transfer_weights(model, lora_model, LORA_WEIGHT_NAMES)
-    set_trainable(lora_model, cfg.lora_train_bias, lora_model.lora_trainable_layers)
     return lora_model
 
 
-def _clone(model: keras.Model, targets: list[Target]) -> keras.Model:
+def _convert(fresh: keras.Model, text: str, fields: dict[str, Any]) -> LoRAFunctional:
+    """Turns a restored regular model, whose layers are used up, into a LoRA model."""
+    cfg = make_config(LoRAConfig, {}, fields)
+    classifier = _last_adaptable(fresh) if cfg.lora_train_classifier else ""
+    targets = find_targets(fresh, cfg, ("all",), {}, {}, classifier)
+    if classifier in [t.module for t in targets]:
+        raise ValueError(
+            f"The classifier {classifier!r} is targeted by lora_targets and trained in full by "
+            "lora_train_classifier=True. Use one of the two."
+        )
+    clone = _clone(fresh, targets)
+    lora_model = LoRAFunctional(*_structure(clone), name=fresh.name)
+    lora_model.lora_cfg = cfg
+    lora_model._base_config = text
+    full = [*([classifier] if classifier else []), *cfg.lora_modules_to_save]
+    lora_model.lora_trainable_layers = full
+    set_trainable(lora_model, cfg.lora_train_bias, full)
+    return lora_model
+
+
+def _clone(fresh: keras.Model, targets: list[Target]) -> keras.Model:
     by_id = {id(t.layer): t for t in targets}
 
-    def clone_layer(layer: Any) -> Any:
-        if id(layer) in by_id:
-            arguments = by_id[id(layer)].arguments
-            return convert_to_lora_layer(_unbuilt(layer), **arguments)
-        new = _unbuilt(layer)
-        if not isinstance(layer, keras.layers.Layer):  # An operation such as an addition.
-            return new
-        inside = {path: sub for path, sub in iterate_layers(layer) if id(sub) in by_id}
-        for path, sub in iterate_layers(new):
-            if path in inside and is_adaptable(sub) and not sub.built:
-                lora_layer = convert_to_lora_layer(sub, **by_id[id(inside[path])].arguments)
-                replace_sublayer(parent_of(new, sub), sub, lora_layer)
-        return new
+    def choose(layer: Any) -> Any:
+        if id(layer) not in by_id:
+            return layer
+        return convert_to_lora_layer(_unbuilt(layer), **by_id[id(layer)].arguments)
 
-    # A functional subclass (KerasHub's backbones) is rebuilt as a plain functional model.
-    plain = keras.Model(*_structure(model), name=model.name)
-    clone = keras.models.clone_model(plain, clone_function=clone_layer)
+    # A functional subclass (KerasHub's backbones) becomes a plain functional model.
+    plain = keras.Model(*_structure(fresh), name=fresh.name)
+    clone = keras.models.clone_model(plain, clone_function=choose, recursive=True)
     for path, layer in list(iterate_layers(clone)):
-        target = next((t for t in targets if t.path == path), None)
-        if target is not None and is_adaptable(layer):
-            _exchange_built(clone, path, layer, target)
+        if id(layer) in by_id:
+            _exchange(clone, path, layer, by_id[id(layer)])
     return clone
+
+
+def _unbuilt(layer: Any) -> Any:
+    return layer.__class__.from_config(layer.get_config())
 
 
 def _structure(model: keras.Model) -> tuple[Any, Any]:
@@ -143,12 +153,8 @@ def _structure(model: keras.Model) -> tuple[Any, Any]:
     )
 
 
-def _unbuilt(layer: Any) -> Any:
-    return layer.__class__.from_config(layer.get_config())
-
-
-def _exchange_built(model: keras.Model, path: str, layer: Any, target: Target) -> None:
-    """Exchanges a layer that its parent created in ``build``."""
+def _exchange(model: keras.Model, path: str, layer: Any, target: Target) -> None:
+    """Exchanges a layer inside a built composite one."""
     new = convert_to_lora_layer(_unbuilt(layer), **target.arguments)
     with contextlib.ExitStack() as scopes:
         # The names of the parents, so that the new variables get the paths of the old ones.
@@ -160,4 +166,4 @@ def _exchange_built(model: keras.Model, path: str, layer: Any, target: Target) -
 
 def regular_functional_model(model: LoRAFunctional) -> keras.Model:
     """Restores the regular model that a LoRA model was made from, with fresh weights."""
-    return keras.saving.deserialize_keras_object(json.loads(model._base_config))
+    return _restore(model._base_config)
