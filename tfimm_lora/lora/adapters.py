@@ -18,6 +18,7 @@ from tfimm_lora.lora import peft_files
 from tfimm_lora.lora.config import LoRAConfig, split_lora_values
 from tfimm_lora.lora.layers import LoRADepthwiseConv2D, LoRALayer
 from tfimm_lora.lora.merge import lora_layers
+from tfimm_lora.lora.trainable import fully_trained_layers
 from tfimm_lora.version import __version__
 from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.hub import download
@@ -240,7 +241,8 @@ def _classifier(model: Any) -> str:
 
 
 def _full_layers(model: Any) -> list[str]:
-    return list(model.lora_trainable_layers)
+    found = getattr(model, "lora_trainable_layers", None)
+    return fully_trained_layers(model) if found is None else list(found)
 
 
 def _stored_variables(model: Any) -> dict[str, NamedVariable]:

@@ -20,7 +20,9 @@ from tfimm_lora.lora.functional import (
 )
 from tfimm_lora.lora.layers import LoRALayer
 from tfimm_lora.lora.merge import lora_layers
+from tfimm_lora.lora.model import LoRAModel
 from tfimm_lora.lora.registry import lora_architecture, lora_base_architecture
+from tfimm_lora.lora.trainable import fully_trained_layers, set_trainable
 from tfimm_lora.models.factory import build_model, create_with_class
 from tfimm_lora.models.factory import create_model as create_regular_model
 from tfimm_lora.models.registry import model_class
@@ -61,7 +63,7 @@ def create_model(
         lora, rest = split_lora_values(kwargs)
         model = create_regular_model(model_name, pretrained, model_path, **rest)
         return convert_to_lora_model(model, **lora)
-    return create_with_class(lora_cls, model_name, pretrained, model_path, **kwargs)
+    return _flagged(create_with_class(lora_cls, model_name, pretrained, model_path, **kwargs))
 
 
 def _holds_lora_weights(path: Path) -> bool:
@@ -117,7 +119,15 @@ def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
     cfg = make_config(lora_cls.cfg_class, base_config_values(model.cfg, lora_cls.cfg_class), kwargs)
     lora_model = build_model(lora_cls, cfg, getattr(model, "pretrained_cfg", None))
     transfer_weights(model, lora_model, LORA_WEIGHT_NAMES)
-    return lora_model
+    return _flagged(lora_model)
+
+
+def _flagged(model: Any) -> keras.Model:
+    """Sets the flags of variants that do not do so when they are built, as LoRAModel does."""
+    if not isinstance(model, LoRAModel):
+        bias = getattr(model.cfg, "lora_train_bias", "none")
+        set_trainable(model, bias, fully_trained_layers(model))
+    return model
 
 
 def convert_to_regular_model(model: keras.Model) -> keras.Model:

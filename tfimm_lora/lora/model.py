@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from tfimm_lora.lora.layers import convert_to_lora_layer
 from tfimm_lora.lora.replace import parent_of, replace_sublayer
 from tfimm_lora.lora.targets import Target, find_targets
-from tfimm_lora.lora.trainable import set_trainable
+from tfimm_lora.lora.trainable import fully_trained_layers, set_trainable
 
 
 class LoRAModel:
@@ -40,7 +40,6 @@ class LoRAModel:
     def __init__(self, cfg: Any, **kwargs: Any) -> None:
         super().__init__(cfg, **kwargs)  # type: ignore[call-arg]
         classifier = getattr(cfg, "classifier", "")
-        self._lora_modules: tuple[str, ...] = ()
         targets = find_targets(
             self,
             cfg,
@@ -55,7 +54,6 @@ class LoRAModel:
                 f"The classifier {classifier!r} is targeted by lora_targets and trained in full by "
                 "lora_train_classifier=True. Use one of the two."
             )
-        self._lora_modules = adapted
         insert_lora_layers(self, targets)
 
     def build(self, input_shape: Any) -> None:
@@ -65,19 +63,8 @@ class LoRAModel:
 
     @property
     def lora_trainable_layers(self) -> list[str]:
-        """Paths of layers that are trained in full: perhaps the classifier, and chosen ones.
-
-        With ``lora_train_classifier=None`` it is trained if it is fresh, that is if its number of
-        classes is not that of the checkpoint.
-        """
-        classifier = getattr(self.cfg, "classifier", "")
-        wanted = self.cfg.lora_train_classifier
-        if wanted is None:
-            facts = self.pretrained_cfg
-            wanted = facts is not None and self.cfg.nb_classes != facts.num_classes
-        exists = classifier and self.cfg.nb_classes > 0 and classifier not in self._lora_modules
-        fresh = [classifier] if wanted and exists else []
-        return [*fresh, *(m for m in self.cfg.lora_modules_to_save if m not in fresh)]
+        """Paths of layers that are trained in full: perhaps the classifier, and chosen ones."""
+        return fully_trained_layers(self)
 
 
 def insert_lora_layers(model: Any, targets: Sequence[Target]) -> None:

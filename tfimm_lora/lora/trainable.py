@@ -13,7 +13,13 @@ import keras
 from tfimm_lora.lora.config import TRAIN_BIAS
 from tfimm_lora.lora.layers import LoRALayer
 from tfimm_lora.weights.adapt import is_below
-from tfimm_lora.weights.names import NamedVariable, is_lora_weight, named_variables
+from tfimm_lora.weights.names import (
+    NamedVariable,
+    is_lora_weight,
+    iterate_layers,
+    named_variables,
+    timm_path,
+)
 
 _BIASES = ("bias", "beta")
 
@@ -95,6 +101,34 @@ def lora_non_trainable_weights(
         >>> frozen = lora_non_trainable_weights(model)
     """
     return _split(model, train_bias, trainable_layers)[1]
+
+
+def fully_trained_layers(model: Any) -> list[str]:
+    """Lists the layers that a LoRA model's config trains in full.
+
+    With ``lora_train_classifier=None`` the classifier is trained if it is fresh, that is if its
+    number of classes is not that of the checkpoint.
+
+    Args:
+        model: A model with a LoRA config.
+
+    Returns:
+        timm paths: the classifier if it is trained, and ``lora_modules_to_save``.
+    """
+    cfg: Any = model.cfg
+    classifier = getattr(cfg, "classifier", "")
+    wanted = getattr(cfg, "lora_train_classifier", None)
+    if wanted is None:
+        facts = getattr(model, "pretrained_cfg", None)
+        wanted = facts is not None and getattr(cfg, "nb_classes", 0) != facts.num_classes
+    modules = list(getattr(cfg, "lora_modules_to_save", ()))
+    if wanted and classifier and classifier not in modules:
+        layers = {timm_path(path): layer for path, layer in iterate_layers(model)}
+        found = layers.get(classifier)
+        # A headless model has no classifier, and an adapted one is not trained in full.
+        if found is not None and not isinstance(found, LoRALayer):
+            modules.insert(0, classifier)
+    return modules
 
 
 def set_trainable(
