@@ -3,7 +3,8 @@
 An oracle (timm, PEFT, tfimm) lives in a Python environment of its own, and importing it takes
 seconds. ``Oracle`` starts one process per pytest worker when the first case is asked for, hands it
 requests as lines of JSON, and keeps every case in a cache folder whose name is a hash of the
-request and of the oracle's source files: a second run, or another worker, reads what is there. The versions of the packages in the oracle's environment are in the hash, too.
+request, of the oracle's source files and of the versions of its packages: a second run, or another
+worker, reads what is there.
 
     oracle = Oracle("timm", python, script, sources, cache)
     folder = oracle.case("make", arch="test_vit", img_size=48)      # a folder with .npy files

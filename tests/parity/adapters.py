@@ -37,6 +37,17 @@ PLAIN = [
 ]
 """The oracle's cases of plain LoRA, whose base weights no initialisation rewrites."""
 
+COMBINED = [
+    "weighted-cat",
+    "weighted-linear",
+    "weighted-linear-rslora",
+    "weighted-magnitude-prune-svd",
+    "weighted-svd",
+    "weighted-svd-conv",
+    "weighted-ties",
+]
+"""Adapters that PEFT made of two others; plain LoRA again."""
+
 PREFIX = "base_model.model."
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.oracles import Oracle
 from tests.parity.adapters import (
+    COMBINED,
     PLAIN,
     base_model,
     gradients,
@@ -40,7 +41,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", PLAIN + COMBINED)
 def test_logits(name: str, peft_oracle: Oracle, record_property: Any) -> None:
     case = peft_oracle.case("generate", name=name)
     images = load(case, "input")
@@ -57,7 +58,7 @@ def test_logits(name: str, peft_oracle: Oracle, record_property: Any) -> None:
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", PLAIN + COMBINED)
 def test_merged_weights(name: str, peft_oracle: Oracle) -> None:
     case = peft_oracle.case("generate", name=name)
     ours = timm_weights(lora.convert_to_regular_model(with_adapter(case)))
