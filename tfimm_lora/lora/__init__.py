@@ -14,12 +14,12 @@ if TYPE_CHECKING:
         create_model,
     )
     from tfimm_lora.lora.functional import LoRAFunctional
+    from tfimm_lora.lora.layer import LoRALayer
     from tfimm_lora.lora.layers import (
         LoRAConv2D,
         LoRADense,
         LoRADepthwiseConv2D,
         LoRAEinsumDense,
-        LoRALayer,
         convert_to_lora_layer,
     )
     from tfimm_lora.lora.merge import lora_layers, merge_lora_weights, unmerge_lora_weights
@@ -49,12 +49,12 @@ _NAMES = {
         "create_model",
     ),
     "tfimm_lora.lora.functional": ("LoRAFunctional",),
+    "tfimm_lora.lora.layer": ("LoRALayer",),
     "tfimm_lora.lora.layers": (
         "LoRAConv2D",
         "LoRADense",
         "LoRADepthwiseConv2D",
         "LoRAEinsumDense",
-        "LoRALayer",
         "convert_to_lora_layer",
     ),
     "tfimm_lora.lora.merge": ("lora_layers", "merge_lora_weights", "unmerge_lora_weights"),

@@ -16,7 +16,8 @@ import numpy as np
 from tfimm_lora.architectures.config import config_to_dict
 from tfimm_lora.lora import peft_files
 from tfimm_lora.lora.config import LoRAConfig, split_lora_values
-from tfimm_lora.lora.layers import LoRADepthwiseConv2D, LoRALayer
+from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.layers import LoRADepthwiseConv2D
 from tfimm_lora.lora.merge import lora_layers
 from tfimm_lora.lora.trainable import fully_trained_layers
 from tfimm_lora.version import __version__

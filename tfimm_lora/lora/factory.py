@@ -18,7 +18,7 @@ from tfimm_lora.lora.functional import (
     is_functional,
     regular_functional_model,
 )
-from tfimm_lora.lora.layers import LoRALayer
+from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.lora.merge import lora_layers
 from tfimm_lora.lora.model import LoRAModel
 from tfimm_lora.lora.registry import lora_architecture, lora_base_architecture

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from tfimm_lora.lora.layers import LoRALayer
+from tfimm_lora.lora.layer import LoRALayer
 
 
 def lora_layers(model: keras.layers.Layer) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.lora.layers import LoRALayer
+from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.lora.methods.base import Site
 
 PREFIX = "base_model.model."

@@ -11,7 +11,8 @@ from typing import Any
 import keras
 
 from tfimm_lora.architectures.config import nearest_names
-from tfimm_lora.lora.layers import LoRALayer, is_adaptable
+from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.layers import is_adaptable
 from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.names import iterate_layers, timm_path
 

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from tfimm_lora.lora.config import TRAIN_BIAS
-from tfimm_lora.lora.layers import LoRALayer
+from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.names import (
     NamedVariable,
