@@ -21,9 +21,9 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
     "command_output",
+    "mathml",
 ]
 exclude_patterns = ["_build"]
 
@@ -33,7 +33,6 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say it in words
 autodoc_class_signature = "mixed"
-napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 # The prompt and the output of commands are not copied.
@@ -41,5 +40,8 @@ copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_title = f"tfimm_lora {release}"
 html_show_sourcelink = False

@@ -6,6 +6,7 @@ A command that fails makes the page fail to build.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -31,8 +32,10 @@ class CommandOutput(Directive):
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise self.error(f"{command!r} failed with {done.returncode}:\n{done.stderr}")
-        text = f"$ {command}\n{done.stdout.rstrip()}"
-        block = nodes.literal_block(text, text)
+        # As a terminal shows it: a backspace takes back the character in front of it.
+        output = re.sub(r".\x08", "", done.stdout.rstrip())
+        text = f"$ {command}\n{output}"
+        block = nodes.literal_block(text, text, classes=["command-output"])
         block["language"] = "text"
         return [block]
 
