@@ -55,7 +55,7 @@ def test_unknown_field_names_the_nearest_and_all():
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("vit_tiny_patch16_224", {"num_heads": 5}, "embed_dim=192 is not a multiple of num_heads=5"),
+        ("vit_tiny_patch16_224", {"num_heads": 5}, "=192 is not a multiple of num_heads=5"),
         ("vit_tiny_patch16_224", {"global_pool": "max"}, "'token', 'avg' or '', found 'max'"),
         ("vit_tiny_patch16_224", {"class_token": False}, "needs class_token=True. Use .*'avg'"),
         ("vit_tiny_patch16_224", {"mlp_layer": "moe"}, "'mlp' or 'glu', found 'moe'"),
@@ -156,9 +156,7 @@ def test_stochastic_parts_act_in_training_only(kind: str):
 
 def test_vit_refuses_other_sizes_and_says_what_to_type():
     model = tiny_model("vit")
-    with pytest.raises(
-        ValueError, match=r"images of \(16, 16\).*input_size=\(32, 24\), or with dy"
-    ):
+    with pytest.raises(ValueError, match=r"images of \(16, 16\).*input_size=\(32, 24\), or with "):
         model(np.zeros((1, 32, 24, 3), "float32"))
 
 

@@ -147,7 +147,7 @@ def test_a_registered_variant_is_a_model_like_any_other(own_registry):
 
 def test_registered_tags_carry_facts(own_registry, tmp_path):
     file = tmp_path / "model.safetensors"
-    values = dict(depths=(1, 1), dims=(8, 16), input_size=(16, 16))
+    values = {"depths": (1, 1), "dims": (8, 16), "input_size": (16, 16)}
 
     @tfimm_lora.register_model
     def my_convnext():
@@ -171,7 +171,7 @@ def test_registered_tags_carry_facts(own_registry, tmp_path):
         "my_convnext.small"
     ]
     assert models.pretrained_config("my_convnext.paper").mean == (0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="no pretrained weights for 'my_convnext.paper'"):
+    with pytest.raises(ValueError, match=r"no pretrained weights for 'my_convnext\.paper'"):
         tfimm_lora.create_model("my_convnext", pretrained="paper")
 
 
