@@ -59,16 +59,16 @@ def ask_tfimm(
         return dict(archive)
 
 
-CONVNEXTS = [
-    ("convnext_tiny", (1, 1, 2, 1), (16, 24, 32, 40)),
-    ("convnext_tiny", (3, 3, 9, 3), (96, 192, 384, 768)),
-]
+SMALL = ((1, 1, 2, 1), (16, 24, 32, 40))
+TINY = ((3, 3, 9, 3), (96, 192, 384, 768))
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(3, 1.0), (4, 8.0)])
-@pytest.mark.parametrize(("name", "depths", "dims"), CONVNEXTS, ids=["small", "tiny"])
+@pytest.mark.parametrize(
+    ("depths", "dims", "rank", "alpha"),
+    [(*SMALL, 3, 1.0), (*SMALL, 4, 8.0), (*TINY, 4, 8.0)],
+    ids=["small-r3", "small-r4", "tiny-r4"],
+)
 def test_lora_convnext(
-    name: str,
     depths: tuple[int, ...],
     dims: tuple[int, ...],
     rank: int,
@@ -78,6 +78,7 @@ def test_lora_convnext(
     record_property: Any,
 ) -> None:
     """tfimm's own ``LoRAConvNeXt``: unmerged, merged, and converted to a regular model."""
+    name = "convnext_tiny"
     model = lora.create_model(
         name,
         depths=depths,
