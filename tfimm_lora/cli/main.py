@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {command.NAME: command for command in COMMANDS}
     parser = new_parser(prog="tfimm-lora", description=DESCRIPTION, version=__version__)
     subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
-    for command in COMMANDS:
-        subcommands.add_subcommand(command.NAME, command.make_parser(), help=command.HELP)
+    parser.commands = {name: command.make_parser() for name, command in commands.items()}
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, parser.commands[name], help=command.HELP)
     if typed and typed[0] in commands:
         typed[1:] = commands[typed[0]].prepare(typed[1:])
     parsed = parser.parse_args(typed)

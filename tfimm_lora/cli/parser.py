@@ -21,15 +21,30 @@ class Parser(jsonargparse.ArgumentParser):
         >>> Parser(prog="tfimm-lora").parse_args(["--versoin"])  # exits with code 2
     """
 
+    commands: dict[str, Parser]
+    """The subcommands' parsers, known to the main parser."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message with a suggestion and exits with code 2."""
-        options = [option for action in self._actions for option in action.option_strings]
         text = re.sub(r"\s*\n\s*", " ", message).strip()
         # jsonargparse puts "[options]" between the command and the subcommand.
-        prog = self.prog.replace(" [options]", "")
+        prog, parser = self.prog.replace(" [options]", ""), self
+        for name, command in getattr(self, "commands", {}).items():
+            if f"Subcommand '{name}'" in text or f"required: {name}." in text:
+                prog, parser = f"{prog} {name}", command
+                text = text.replace(f"Subcommand '{name}' d", "D")
+                text = re.sub(rf"\b{name}\.(\w+)", lambda m: command._typed(m[1]), text)
+        options = parser._options()
         sys.stderr.write(f"{prog}: error: {_readable(text)}{_suggestion(text, options)}\n")
         sys.stderr.write(f"Try '{prog} --help'.\n")
         sys.exit(USAGE_ERROR)
+
+    def _options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
+    def _typed(self, name: str) -> str:
+        """Returns how an argument is typed: as an option, or by its place."""
+        return f"--{name}" if f"--{name}" in self._options() else name.upper()
 
 
 def _readable(message: str) -> str:
@@ -81,4 +96,4 @@ def new_parser(**arguments: Any) -> Parser:
     Example:
         >>> new_parser(description="Trains a model.")
     """
-    return Parser(formatter_class=_Formatter, **arguments)
+    return Parser(formatter_class=_Formatter, allow_abbrev=False, **arguments)

@@ -81,6 +81,8 @@ class LoraSection:
         init: How A and B start; the method's own way by default.
         train_bias: Which biases are trained: ``none``, those of adapted layers, or ``all``.
         train_classifier: Whether the head is trained; by default if it is new.
+        modules_to_save: timm's paths of further layers that are trained in full and saved with the
+            adapter.
 
     Example:
         >>> LoraSection(rank=8, targets=["attn.q", "attn.v"])
@@ -96,10 +98,11 @@ class LoraSection:
     init: str | None = None
     train_bias: Literal["none", "lora_only", "all"] = "none"
     train_classifier: bool | None = None
+    modules_to_save: list[str] = field(default_factory=list)
 
     def arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments for ``tfimm_lora.lora.create_model``."""
-        return {f"lora_{k}": v for k, v in asdict(self).items() if v not in (None, {})}
+        return {f"lora_{k}": v for k, v in asdict(self).items() if v not in (None, {}, [])}
 
 
 @dataclass(frozen=True)
