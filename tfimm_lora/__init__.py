@@ -8,6 +8,7 @@ Example:
 from typing import TYPE_CHECKING
 
 from tfimm_lora._lazy import lazy_names
+from tfimm_lora._registration import is_command_line, register_classes
 from tfimm_lora.version import __version__
 
 if TYPE_CHECKING:
@@ -50,3 +51,6 @@ __getattr__, __dir__ = lazy_names(
     },
     globals(),
 )
+
+if not is_command_line():
+    register_classes()

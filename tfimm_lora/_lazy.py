@@ -1,7 +1,6 @@
 """Public names that are imported when they are first used.
 
-``import tfimm_lora``, ``tfimm-lora --help`` and the model tables need no Keras; only what builds a
-model pays for it.
+``tfimm-lora --help`` and the model tables need no Keras; only what builds a model pays for it.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def _load_file(
 ) -> keras.Model:
     """Creates a model with the weights of one file."""
     if path.name.endswith(".weights.h5"):
-        model = build_model(cls, cfg, facts)
+        model = build_model(cls, cfg, dataclasses.replace(facts, num_classes=cfg.nb_classes))
         try:
             model.load_weights(path)
         except ValueError as error:
@@ -191,7 +191,10 @@ def _from_saved_model(cls: Any, overrides: dict[str, Any], saved: Any) -> keras.
     cfg = make_config(cls.cfg_class, values, overrides)
     if type(saved) is cls and saved.cfg == cfg:
         return saved
-    model = build_model(cls, cfg, getattr(saved, "pretrained_cfg", None))
+    facts = getattr(saved, "pretrained_cfg", None)
+    if facts is not None:
+        facts = dataclasses.replace(facts, num_classes=saved.cfg.nb_classes)
+    model = build_model(cls, cfg, facts)
     adapted, wanted = (
         any(is_lora_weight(v.leaf) for v in named_variables(m)) for m in (saved, model)
     )
