@@ -10,6 +10,8 @@ import h5py
 import keras
 from keras import ops
 
+import tfimm_lora.lora.convnext
+import tfimm_lora.lora.vit  # noqa: F401  (registers the variants)
 from tfimm_lora.architectures.config import base_config_values, make_config
 from tfimm_lora.lora.config import split_lora_values
 from tfimm_lora.lora.functional import (

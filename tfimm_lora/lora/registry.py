@@ -63,12 +63,6 @@ def register_lora_architecture(
     return lora_cls
 
 
-def _load_own() -> None:
-    """Registers the package's own variants, which would otherwise be imported in a circle."""
-    import tfimm_lora.lora.convnext
-    import tfimm_lora.lora.vit  # noqa: F401
-
-
 def lora_architecture(model_cls: type) -> type:
     """Returns the LoRA variant of a model class.
 
@@ -82,7 +76,6 @@ def lora_architecture(model_cls: type) -> type:
         >>> lora_architecture(ConvNeXt).__name__
         'LoRAConvNeXt'
     """
-    _load_own()
     if model_cls not in _lora_class:
         hint = "Register one with @lora.register_lora_architecture."
         if model_cls in _base_class:
@@ -104,7 +97,6 @@ def lora_base_architecture(lora_cls: type) -> type:
         >>> lora_base_architecture(LoRAConvNeXt).__name__
         'ConvNeXt'
     """
-    _load_own()
     if lora_cls not in _base_class:
         raise ValueError(f"{lora_cls.__name__} is not registered as LoRA variant of any class.")
     return _base_class[lora_cls]
