@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.oracles import Oracle
+import tfimm_lora
+from tests.oracles import Oracle, OracleError
 from tests.parity.adapters import base_arguments
 from tests.parity.compare import load, load_meta, move_trainable
 from tfimm_lora import lora
@@ -160,3 +161,48 @@ def test_peft_answers_the_same(
     }
     record_property("relative_errors", errors)
     assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_named_adapter(peft_oracle: Oracle, tmp_path: Path) -> None:
+    """Any name but ``default`` is a folder of its own, for PEFT and for us."""
+    case = peft_oracle.case("generate", name=BASES["vit"])
+    arguments = base_arguments(case)
+    model = lora.create_model("test_vit", **arguments, lora_targets=["attn.q", "attn.v"])
+    move_trainable(model)
+    logits = np.asarray(model(load(case, "input"), training=False))
+    np.save(tmp_path / "logits.npy", logits)
+    lora.save_adapter(model, str(tmp_path), name="second")
+    report = peft_oracle.call(
+        "verify",
+        case=str(case),
+        adapter=str(tmp_path / "second"),
+        logits=str(tmp_path / "logits.npy"),
+    )
+    assert report["ok"], report
+    again = lora.load_adapter(
+        tfimm_lora.create_model("test_vit", **arguments), str(tmp_path), name="second"
+    )
+    np.testing.assert_array_equal(np.asarray(again(load(case, "input"), training=False)), logits)
+
+
+def test_peft_refuses_our_depthwise_updates(peft_oracle: Oracle, tmp_path: Path) -> None:
+    """PEFT's own update of a depthwise kernel is another one: an error, not another answer."""
+    case = peft_oracle.case("generate", name=BASES["convmlp"])
+    name = load_meta(case)["timm_name"]
+    model = lora.create_model(name, **base_arguments(case), lora_targets=["conv_dw"], lora_rank=16)
+    move_trainable(model)
+    logits = np.asarray(model(load(case, "input"), training=False))
+    np.save(tmp_path / "logits.npy", logits)
+    with pytest.warns(UserWarning, match="depthwise"):
+        lora.save_adapter(model, str(tmp_path / "adapter"))
+    with pytest.raises(OracleError, match=r"size mismatch|divisible"):
+        peft_oracle.call(
+            "verify",
+            case=str(case),
+            adapter=str(tmp_path / "adapter"),
+            logits=str(tmp_path / "logits.npy"),
+        )
+    again = lora.load_adapter(
+        tfimm_lora.create_model(name, **base_arguments(case)), str(tmp_path / "adapter")
+    )
+    np.testing.assert_array_equal(np.asarray(again(load(case, "input"), training=False)), logits)
