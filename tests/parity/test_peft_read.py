@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.oracles import Oracle
 from tests.parity.adapters import (
@@ -107,3 +109,23 @@ def test_what_is_no_plain_lora_is_refused(name: str, peft_oracle: Oracle) -> Non
     if config["peft_type"] != "LORA":
         told = config["peft_type"].lower()
     assert told in said, said
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_shortest_config(dtype: str, peft_oracle: Oracle, tmp_path: Path) -> None:
+    """What older versions wrote: few fields, and factors in half precision."""
+    case = peft_oracle.case("generate", name="lora-vit-qkv")
+    factors = load_tensors(case / "adapter" / "adapter_model.safetensors")
+    factors = {key: value.astype(dtype) for key, value in factors.items()}
+    save_file(factors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 10, "target_modules": ["qkv"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "of_the_future": 1}))
+    model = lora.load_adapter(base_model(case), str(tmp_path))
+    logits = np.asarray(model(load(case, "input"), training=False))
+    np.save(tmp_path / "logits.npy", logits)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    report = peft_oracle.call(
+        "verify", case=str(case), adapter=str(tmp_path), logits=str(tmp_path / "logits.npy")
+    )
+    assert report["max_abs_diff"] / float(logits.std()) <= TOLERANCE
+    assert not report["missing_in_file"] and not report["unexpected_in_file"]
