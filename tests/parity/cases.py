@@ -23,7 +23,7 @@ ALL = [
 FULL_DEPTH_PARAMETERS = 6_000_000
 """Models up to this size keep their depth."""
 
-CACHED_PARAMETERS = 30_000_000
+CACHED_PARAMETERS = 20_000_000
 """Cases of larger architectures are not kept on disk."""
 
 

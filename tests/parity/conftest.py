@@ -16,10 +16,13 @@ HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="session")
-def oracle_cache(request: pytest.FixtureRequest) -> Path:
-    """Where cases are kept: ``TFIMM_LORA_ORACLE_CACHE``, or pytest's own cache."""
+def oracle_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where cases are kept: ``TFIMM_LORA_ORACLE_CACHE``, or pytest's own cache if it has one."""
     folder = os.environ.get("TFIMM_LORA_ORACLE_CACHE")
-    return Path(folder) if folder else Path(request.config.cache.mkdir("oracles"))
+    if folder:
+        return Path(folder)
+    cache = getattr(request.config, "cache", None)  # not there with -p no:cacheprovider
+    return Path(cache.mkdir("oracles")) if cache else tmp_path_factory.mktemp("oracles")
 
 
 @pytest.fixture(scope="session")
