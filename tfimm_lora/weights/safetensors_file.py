@@ -154,9 +154,20 @@ def write_safetensors(
 
     Returns:
         The path.
+
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full; what was there
+            before is intact.
     """
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    return write_aside(path, lambda aside: save_file(arrays, str(aside), metadata=metadata))
+    try:
+        return write_aside(path, lambda aside: save_file(arrays, str(aside), metadata=metadata))
+    except (OSError, safetensors.SafetensorError) as error:
+        size = sum(value.nbytes for value in arrays.values())
+        raise OSError(
+            f"{path} could not be written ({size:,} bytes): {error}. What was there before is "
+            "intact; make room or save elsewhere."
+        ) from error
 
 
 def save_safetensors(model: Any, path: str | os.PathLike[str], dtype: str = "float32") -> Path:
