@@ -24,13 +24,16 @@ from tfimm_lora.training import run as run_function
 
 RUN_MODULE = sys.modules[run_function.__module__]
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-ERROR = """
-from tfimm_lora.training.events import send
+# What tfimm_lora.training.events.send writes, without the seconds that importing it would take.
+SEND = """
+import json
+def send(event, **values):
+    print("\\x1e" + json.dumps({"event": event, **values}), flush=True)
+"""
+ERROR = f"""{SEND}
 send("error", kind="ValueError", message="targets match nothing")
 """
-WORKS = """
-import sys
-from tfimm_lora.training.events import send
+WORKS = f"""{SEND}
 print("chatter that is no event")
 send("started", trainable=12, weights=100, epochs=2)
 history = []
@@ -106,6 +109,12 @@ def test_all_killed_leaves_no_folder(stand_in, tmp_path):
     with pytest.raises(TrainingFailed, match=r"SIGKILL"):
         run(recipe(tmp_path / "first"), console=Console(quiet=True))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_crash_is_told_in_its_own_words(stand_in, tmp_path):
+    stand_in(lora="raise SystemError('the library is broken')")
+    with pytest.raises(TrainingFailed, match=r"exit code 1 .*the library is broken"):
+        run(recipe(tmp_path / "first"), console=Console(quiet=True))
 
 
 def test_an_error_ends_the_run_with_its_message(stand_in, tmp_path):

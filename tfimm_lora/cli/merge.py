@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jsonargparse
 
 from tfimm_lora.cli.parser import Parser, new_parser
+from tfimm_lora.cli.quiet import quiet_errors
 from tfimm_lora.training.config import ModelSection
 from tfimm_lora.training.errors import RecipeError
 
@@ -102,11 +104,12 @@ def merge(adapter: Path, section: ModelSection, output: Path) -> tuple[float, st
     if not name:
         raise ValueError(f"{config} does not name its model; give it with --model.name.")
     output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
     import numpy as np
 
-    import tfimm_lora
-    import tfimm_lora.training.digits_model
+    with quiet_errors():
+        import tfimm_lora.training.digits_model  # registers the embedded model
     from tfimm_lora import lora
     from tfimm_lora.models import save_safetensors
     from tfimm_lora.training.results import checked_difference, logits

@@ -33,7 +33,8 @@ class Parser(jsonargparse.ArgumentParser):
             if f"Subcommand '{name}'" in text or f"required: {name}." in text:
                 prog, parser = f"{prog} {name}", command
                 text = text.replace(f"Subcommand '{name}' d", "D")
-                text = re.sub(rf"\b{name}\.(\w+)", lambda m: command._typed(m[1]), text)
+                for word in re.findall(rf"\b{name}\.(\w+)", text):
+                    text = text.replace(f"{name}.{word}", command._typed(word))
         options = parser._options()
         sys.stderr.write(f"{prog}: error: {_readable(text)}{_suggestion(text, options)}\n")
         sys.stderr.write(f"Try '{prog} --help'.\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from tfimm_lora.data.errors import DataError
 from tfimm_lora.data.registry import suggest
 from tfimm_lora.data.sources import open_source
 from tfimm_lora.data.split import Prepare, Source, Split
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 DEFAULT_VAL_FRACTION = 0.2
 NAMED_AT_MOST = 10
@@ -36,7 +40,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def pictures(self, prepare: Prepare):
+    def pictures(self, prepare: Prepare) -> tf.data.Dataset:
         """Returns a ``tf.data.Dataset`` of (prepared picture, label) in a fixed order."""
         import tensorflow as tf
 

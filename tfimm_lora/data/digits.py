@@ -45,6 +45,6 @@ def open_digits(config: DataConfig, argument: str) -> Source:
     return Source(
         description="handwritten digits (embedded; UCI optical recognition, CC BY 4.0)",
         class_names=tuple(str(digit) for digit in range(10)),
-        train=RandomAccessSplit("digits", labels, images, Image.fromarray),
+        train=RandomAccessSplit("digits", labels, list(images), Image.fromarray),
         flip=False,
     )

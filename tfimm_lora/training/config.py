@@ -220,8 +220,12 @@ class RunConfig:
         Raises:
             RecipeError: There is a key that no section has; the nearest ones are suggested.
         """
-        sections = {"model": ModelSection, "data": DataConfig, "lora": LoraSection}
-        sections["train"] = TrainSection
+        sections: dict[str, Any] = {
+            "model": ModelSection,
+            "data": DataConfig,
+            "lora": LoraSection,
+            "train": TrainSection,
+        }
         _require_known(values, [*sections, "output"], "A recipe")
         made: dict[str, Any] = {"output": values.get("output")}
         for name, section in sections.items():

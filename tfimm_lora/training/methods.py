@@ -52,7 +52,7 @@ def low_rank(config: RunConfig, nb_outputs: int) -> keras.Model:
     from tfimm_lora import lora
 
     return lora.create_model(
-        config.model.name,
+        str(config.model.name),
         nb_classes=nb_outputs,
         **config.model.arguments(),
         **config.lora.arguments(),
@@ -73,5 +73,5 @@ def full(config: RunConfig, nb_outputs: int) -> keras.Model:
     import tfimm_lora
 
     return tfimm_lora.create_model(
-        config.model.name, nb_classes=nb_outputs, **config.model.arguments()
+        str(config.model.name), nb_classes=nb_outputs, **config.model.arguments()
     )

@@ -50,7 +50,8 @@ def pretrain(folder: Path, *, epochs: int = 60, seed: int = 0) -> dict[str, Any]
 
     import tfimm_lora
     from tfimm_lora.models import save_safetensors
-    from tfimm_lora.training.digits_model import NAME, PRETRAINING_CLASSES
+    from tfimm_lora.training.config import EMBEDDED_MODEL as NAME
+    from tfimm_lora.training.digits_model import PRETRAINING_CLASSES
     from tfimm_lora.training.schedules import make_optimizer
 
     keras.utils.set_random_seed(seed)

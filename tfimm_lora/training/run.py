@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -117,15 +116,12 @@ def _train(method: str, folder: Path, console: Console) -> dict[str, Any]:
     ):
         assert process.stdout is not None
         last: dict[str, Any] = {}
-        rest: deque[str] = deque(maxlen=5)
         try:
             for line in process.stdout:
                 event = receive(line)
-                if event is None:
-                    rest.append(line.rstrip())
-                    continue
-                console.on_event(event)
-                last = event
+                if event is not None:
+                    console.on_event(event)
+                    last = event
         except BaseException:
             process.kill()
             raise
@@ -135,7 +131,7 @@ def _train(method: str, folder: Path, console: Console) -> dict[str, Any]:
     if last.get("event") == "error":
         console.end("failed")
         raise TrainingFailed(last["message"])
-    failed = _how_it_ended(process.returncode)
+    failed = _how_it_ended(process.returncode, folder / "log.txt")
     console.end(failed)
     return {"event": "failed", "failed": f"{method} {failed}"}
 
@@ -155,9 +151,11 @@ def _finished(figures: dict[str, Any]) -> str:
     return f"validation accuracy {score:.1%} after {figures['seconds']:.1f} s of training"
 
 
-def _how_it_ended(code: int) -> str:
+def _how_it_ended(code: int, log: Path) -> str:
     if code >= 0:
-        return f"ended with exit code {code} before it was done; see log.txt"
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return f"ended with exit code {code} before it was done: {last}"
     name = signal.Signals(-code).name
     hint = ": probably out of memory, try a smaller --train.batch_size" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"
@@ -200,7 +198,9 @@ def _write(
     metrics: dict[str, Any],
     results: dict[str, dict[str, Any]],
 ) -> None:
-    write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    # Without the folder's name, so that --config can take it again.
+    recipe = replace(config, output=None).to_dict()
+    write_text(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_text(folder / "classes.json", json.dumps(list(dataset.class_names), indent=2) + "\n")
     environment = describe_environment() | {

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -47,7 +48,7 @@ def main(folder: str, method: str) -> int:
     return 0
 
 
-def _work(folder: Path, method: str, send_event) -> None:
+def _work(folder: Path, method: str, send_event: Callable[..., None]) -> None:
     from dataclasses import replace
 
     import tfimm_lora.training.digits_model  # noqa: F401  (registers the embedded model)
