@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 from tfimm_lora.training.config import LABELS
 
-BAR = 20
+BESIDE_BAR = 73
+"""Columns that a live line needs beside its bar."""
 
 
 class Console:
@@ -52,14 +53,14 @@ class Console:
             self._show(f"{event['trainable']:,} of {event['weights']:,} weights, building the step")
         elif kind == "step" and self.live:
             done = event["epoch"] - 1 + event["step"] / event["steps"]
-            self._show(self._progress(done))
+            self._show(self._bar(done) + self._progress(done, self._last))
         elif kind == "epoch":
-            self._last = event
-            line = self._progress(event["epoch"])
+            self._last |= event  # not every epoch is validated; the last figures stay on show
             if self.live:
-                self._show(line)
+                done = event["epoch"]
+                self._show(self._bar(done) + self._progress(done, self._last))
             elif self._is_told(event["epoch"]):
-                self.say(self._line(line))
+                self.say(self._line(self._progress(event["epoch"], event)))
         elif kind == "saving":
             self._show("saving")
 
@@ -67,17 +68,17 @@ class Console:
         """Replaces the live line by a lasting one."""
         self.say(self._line(text))
 
-    def _progress(self, done: float) -> str:
-        bar = ""
-        if self.live:
-            filled = int(BAR * done / self._epochs)
-            bar = "━" * filled + "╌" * (BAR - filled) + "  "
+    def _bar(self, done: float) -> str:
+        width = max(4, min(20, shutil.get_terminal_size().columns - BESIDE_BAR))
+        filled = int(width * done / self._epochs)
+        return "━" * filled + "╌" * (width - filled) + "  "
+
+    def _progress(self, done: float, figures: dict[str, Any]) -> str:
         width = len(str(self._epochs))
-        text = f"{bar}epoch {int(done):>{width}}/{self._epochs}"
-        names = {"loss": "loss", "accuracy": "train", "val_accuracy": "validation"}
-        for key, label in names.items():
-            if key in self._last:
-                text += f"  {label} {self._last[key]:.3f}"
+        text = f"epoch {int(done):>{width}}/{self._epochs}"
+        for key, label in (("loss", "loss"), ("accuracy", "train"), ("val_accuracy", "val")):
+            if key in figures:
+                text += f"  {label} {figures[key]:.3f}"
         return text
 
     def _is_told(self, epoch: int) -> bool:
