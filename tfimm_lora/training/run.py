@@ -46,6 +46,9 @@ def run(
     ``log.txt``, and one folder per method with its adapter or model. A method whose process is
     killed, for lack of memory say, is recorded as failed, and the others go on.
 
+    Every training process is a new one: it knows the package's models, not one that the caller's
+    code registered with ``register_model``.
+
     Args:
         config: The recipe.
         console: Shows progress; by default a new one on standard output.
