@@ -9,7 +9,13 @@ from typing import Any
 
 import keras
 
-from tfimm_lora.architectures.config import base_config_values, config_to_dict, make_config
+from tfimm_lora.architectures.config import (
+    TIMM_SPELLINGS,
+    base_config_values,
+    config_to_dict,
+    field_names,
+    make_config,
+)
 from tfimm_lora.architectures.pretrained import PretrainedConfig
 from tfimm_lora.models.registry import find_entry, model_config, pretrained_config
 from tfimm_lora.models.transfer import transfer_weights
@@ -88,9 +94,12 @@ def create_with_class(
     if pretrained and not model_path:
         checkpoint = _find_pretrained(entry.name, tag, pretrained)
         facts = checkpoint.pretrained_cfg
+        channels, height, width = facts.input_size
         cfg = dataclasses.replace(
-            cfg, nb_classes=facts.num_classes, input_size=tuple(facts.input_size[1:])
+            cfg, nb_classes=facts.num_classes, in_channels=channels, input_size=(height, width)
         )
+        cfg = _with_model_args(cfg, checkpoint.model_args)
+        source_size = cfg.input_size
     cfg = make_config(cls.cfg_class, config_to_dict(cfg), overrides)
     if model_path:
         chosen = any(k in overrides for k in ("nb_classes", "num_classes"))
@@ -105,8 +114,15 @@ def create_with_class(
     if checkpoint is None:
         return build_model(cls, cfg, facts)
     model = build_model(cls, cfg, facts)
-    load_safetensors(model, checkpoint.path, source_size=facts.input_size[1:])
+    load_safetensors(model, checkpoint.path, source_size=source_size)
     return model
+
+
+def _with_model_args(cfg: Any, arguments: dict[str, Any]) -> Any:
+    """Applies the arguments of a timm ``config.json``; unknown ones are errors unless off."""
+    known = {*field_names(type(cfg)), *TIMM_SPELLINGS}
+    arguments = {k: v for k, v in arguments.items() if k in known or v not in (None, False, "")}
+    return make_config(type(cfg), config_to_dict(cfg), arguments)
 
 
 _OPTIONAL = ("in_channels", "nb_classes")

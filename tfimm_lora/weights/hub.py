@@ -20,10 +20,13 @@ class Checkpoint:
     Attributes:
         path: The ``.safetensors`` file.
         pretrained_cfg: The facts.
+        model_args: Constructor arguments, in timm's spelling, in which the checkpoint's model
+            differs from its architecture.
     """
 
     path: Path
     pretrained_cfg: PretrainedConfig
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def download(repo: str, filename: str, revision: str | None) -> Path:
@@ -108,6 +111,11 @@ def read_hub_config(path: Path, filename: str = "model.safetensors") -> Pretrain
     )
 
 
+def read_model_args(path: Path) -> dict[str, Any]:
+    """Reads the constructor arguments in a ``config.json`` that :func:`read_hub_config` reads."""
+    return json.loads(path.read_text(encoding="utf-8")).get("model_args") or {}
+
+
 def find_checkpoint(source: str | PretrainedConfig) -> Checkpoint:
     """Finds the weights that ``create_model(pretrained=...)`` asks for.
 
@@ -144,7 +152,8 @@ def find_checkpoint(source: str | PretrainedConfig) -> Checkpoint:
         config = download(repo, "config.json", revision or None)
         cfg = read_hub_config(config)
         cfg.hf_hub_id = repo
-        return Checkpoint(download(repo, cfg.hf_hub_filename, revision or None), cfg)
+        path = download(repo, cfg.hf_hub_filename, revision or None)
+        return Checkpoint(path, cfg, read_model_args(config))
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} to load pretrained weights from.")
@@ -154,4 +163,6 @@ def find_checkpoint(source: str | PretrainedConfig) -> Checkpoint:
                 f"{folder} has no {needed}. A pretrained folder holds config.json and "
                 "model.safetensors, as timm writes them; for a single file use model_path=FILE."
             )
-    return Checkpoint(folder / "model.safetensors", read_hub_config(folder / "config.json"))
+    config = folder / "config.json"
+    weights = folder / "model.safetensors"
+    return Checkpoint(weights, read_hub_config(config), read_model_args(config))
