@@ -48,6 +48,15 @@ def adapt(out: str, arch: str, source: str, **arguments: Any) -> dict[str, Any]:
     return oracle.adapt(arch, source, out, **arguments)
 
 
+def hub_folder(out: str, arch: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What timm would push to the hub, with an input and the logits beside it."""
+    model, x, meta = oracle.build(arch, 0, overrides)
+    meta = oracle._save(model, x, meta, out, fp64=False)
+    oracle.timm.models.save_for_hf(model, out, safe_serialization=True)
+    Path(out, "weights.safetensors").unlink()
+    return meta
+
+
 def load(out: str, arch: str, weights: str, inputs: str) -> dict[str, Any]:
     """Loads a file strictly into a model and writes its logits."""
     state = oracle.load_file(weights)
@@ -60,4 +69,4 @@ def load(out: str, arch: str, weights: str, inputs: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve({"make": make, "adapt": adapt, "load": load})
+    serve({"make": make, "adapt": adapt, "load": load, "hub_folder": hub_folder})
