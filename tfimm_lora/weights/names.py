@@ -122,8 +122,9 @@ def named_variables(model: keras.layers.Layer) -> list[NamedVariable]:
     """
     found: dict[str, NamedVariable] = {}
     for path, layer in [("", model), *iterate_layers(model)]:
-        for variable in own_variables(layer):
-            leaf = variable.name
+        for number, variable in enumerate(own_variables(layer)):
+            # Keras numbers variables that nobody named, over all models of the process.
+            leaf = re.sub(r"^variable(_\d+)?$", f"variable_{number}", variable.name)
             table = _NORM_LEAVES if isinstance(layer, NORMALIZATION_LAYERS) else _LEAVES
             prefix = f"{timm_path(path)}." if path else ""
             named = NamedVariable(
