@@ -68,6 +68,7 @@ class LoRALayer:
         self.merged = False
         self.updates: list[Method] = []
         self._unmerged: dict[str, np.ndarray] = {}
+        self._misfit = ""
         rate = self.lora_dropout
         self.lora_dropout_layer = Dropout(rate, name="lora_dropout") if rate else None
 
@@ -243,6 +244,10 @@ class LoRALayer:
                 that of a regular model.
         """
         found = set(store.keys())
+        if not found and self._misfit:
+            # Keras comes again, with nothing, to a layer that failed, and reports the last error.
+            raise ValueError(self._misfit)
+        self._misfit = ""
         for variable in self._own():
             if variable.name not in found:
                 raise ValueError(
@@ -252,10 +257,11 @@ class LoRALayer:
                 )
             value = np.asarray(store[variable.name])
             if tuple(value.shape) != tuple(variable.shape):
-                raise ValueError(
+                self._misfit = (
                     f"{self.path}: {variable.name!r} has shape {tuple(value.shape)} in the file "
                     f"and {tuple(variable.shape)} in the model."
                 )
+                raise ValueError(self._misfit)
             variable.assign(value)
         self.merged, self._unmerged = False, {}
 
