@@ -189,7 +189,7 @@ def test_keras_applications(name: str, tmp_path):
 
         base = ConvNeXt([1, 1, 1, 1], [8, 16, 24, 32], input_shape=(32, 32, 3), weights=None,
                         classes=5, include_preprocessing=False, name="small")  # fmt: skip
-        targets, wanted = ["*pointwise*"], "pointwise_conv_1"
+        targets, wanted = ["*pointwise*"], "pointwise_conv.1"
     randomize(base)
     # A softmax of logits in the tens is constant; the logits are what can be compared.
     base.layers[-1].activation = keras.activations.linear
