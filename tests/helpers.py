@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +175,3 @@ def answer_of(code: str, *arguments: Any, **environment: str) -> Any:
 def sequential(*layers: keras.layers.Layer, shape: tuple[int | None, ...]) -> keras.Sequential:
     """A built Sequential model, so that a layer can be tested as part of a model."""
     return keras.Sequential([keras.Input(shape), *layers], name="base")
-
-
-Factory = Callable[[], keras.Model]
