@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfimm_lora.architectures.config import config_to_dict
+from tfimm_lora.architectures.config import base_config_values, config_to_dict
 from tfimm_lora.lora import peft_files
 from tfimm_lora.lora.config import LoRAConfig, split_lora_values
 from tfimm_lora.lora.layer import LoRALayer
@@ -87,8 +87,9 @@ def save_adapter(model: keras.Model, folder: str | os.PathLike[str], name: str =
                 for copy in ("original_module", "modules_to_save"):
                     tensors[f"{module}.{copy}{key[len(module) :]}"] = tensors[key]
     config = peft_files.make_config(_model_name(model), fields, layers, modules)
-    lora = split_lora_values(config_to_dict(fields))[0]
-    lora["lora_train_classifier"] = any(m == _classifier(model) for m in modules)
+    lora = split_lora_values(config_to_dict(_own_config(model)))[0]
+    if "lora_train_classifier" in lora:
+        lora["lora_train_classifier"] = any(m == _classifier(model) for m in modules)
     own = {
         "version": __version__,
         "model": _model_name(model),
@@ -227,8 +228,16 @@ def _lora_layers_by_module(model: keras.Model) -> dict[str, Any]:
     return {timm_path(p): la for p, la in iterate_layers(model) if isinstance(la, LoRALayer)}
 
 
-def _fields(model: Any) -> LoRAConfig:
+def _own_config(model: Any) -> Any:
     return model.lora_cfg if hasattr(model, "lora_cfg") else model.cfg
+
+
+def _fields(model: Any) -> LoRAConfig:
+    cfg = _own_config(model)
+    if isinstance(cfg, LoRAConfig):
+        return cfg
+    # A variant of a user's own may have only some of the fields.
+    return LoRAConfig(**split_lora_values(base_config_values(cfg, LoRAConfig))[0])
 
 
 def _model_name(model: Any) -> str:
@@ -301,9 +310,9 @@ def _adapted(
 
 def _check_same(model: Any, fields: dict[str, Any], source: str) -> None:
     """Raises if a LoRA model's method or bias mode is not that of the adapter."""
-    found = split_lora_values(config_to_dict(_fields(model)))[0]
+    found = config_to_dict(_fields(model))
     for key in ("lora_method", "lora_train_bias"):
-        if found[key] != fields[key]:
+        if key in fields and found[key] != fields[key]:
             raise ValueError(
                 f"{source}: the adapter has {key}={fields[key]!r} and the model {found[key]!r}. "
                 "Load it onto the regular model, which is converted as the adapter says."

@@ -46,6 +46,7 @@ class LoRALayer:
     activation: Any
     bias: Any
     kernel: Any
+    compute_dtype: str
     path: str
     lora_alpha: Any
     lora_dropout: float
@@ -148,11 +149,13 @@ class LoRALayer:
         if adapt and self.lora_dropout_layer is not None:
             dropped = self.lora_dropout_layer(inputs, training=training)
         compose = adapt and self.operation.composed
-        if compose and dropped is inputs:
+        # In 16 bits a small update would be lost in the sum with the kernel.
+        in_kernel = compose and dropped is inputs and self.compute_dtype == "float32"
+        if in_kernel:
             kernel = self.adapted_kernel()
         outputs = self.operation.apply_kernel(self, inputs, kernel)
-        if compose and dropped is not inputs:
-            update = self.adapted_kernel() - self.kernel
+        if compose and not in_kernel:
+            update = ops.cast(self.kernel_update(), inputs.dtype)
             outputs = outputs + self.operation.apply_kernel(self, dropped, update)
         elif adapt and not compose:
             outputs = self._apply_updates(dropped, outputs)
@@ -178,14 +181,19 @@ class LoRALayer:
         kernel = ops.convert_to_tensor(self.kernel)
         if self.merged:
             return kernel
+        return kernel + ops.cast(self.kernel_update(), kernel.dtype)
+
+    def kernel_update(self) -> Any:
+        """The sum of all updates in the kernel's shape."""
         if not self.lora_slices:
-            return kernel + ops.cast(self.updates[0].delta(), kernel.dtype)
+            return self.updates[0].delta()
+        outputs = self.kernel.shape[-1]
+        padded = []
         for update in self.updates:
-            site, delta = update.site, ops.cast(update.delta(), kernel.dtype)
-            after = kernel.shape[-1] - site.start - site.size
-            pad = [(0, 0)] * (len(kernel.shape) - 1) + [(site.start, after)]
-            kernel = kernel + ops.pad(delta, pad)
-        return kernel
+            site, delta = update.site, update.delta()
+            pad = [(0, 0)] * (len(delta.shape) - 1)
+            padded.append(ops.pad(delta, [*pad, (site.start, outputs - site.start - site.size)]))
+        return sum(padded[1:], start=padded[0])
 
     def merge_weights(self) -> None:
         """Adds the updates to the kernel.
