@@ -47,6 +47,7 @@ class LoRALayer:
     bias: Any
     kernel: Any
     compute_dtype: str
+    dtype_policy: Any
     path: str
     lora_alpha: Any
     lora_dropout: float
@@ -71,7 +72,9 @@ class LoRALayer:
         self._unmerged: dict[str, np.ndarray] = {}
         self._misfit = ""
         rate = self.lora_dropout
-        self.lora_dropout_layer = Dropout(rate, name="lora_dropout") if rate else None
+        self.lora_dropout_layer = (
+            Dropout(rate, name="lora_dropout", dtype=self.dtype_policy) if rate else None
+        )
 
     def build(self, input_shape: Any) -> None:
         """Builds the Keras layer, freezes its kernel and adds the updates."""

@@ -25,6 +25,9 @@ class LoRA(Method):
         initial = INITIALIZATIONS[layer.lora_init or "kaiming_uniform"](site.rank)
         self.a = layer.add_weight(name=f"kernel_lora_a{suffix}", shape=a_shape, initializer=initial)
         self.b = layer.add_weight(name=f"kernel_lora_b{suffix}", shape=b_shape, initializer="zeros")
+        # tfimm's layers have the factors as attributes of these names.
+        setattr(layer, self.a.name, self.a)
+        setattr(layer, self.b.name, self.b)
 
     @property
     def weights(self) -> list[Any]:
