@@ -260,6 +260,8 @@ def start_and_wait(output):
     process = subprocess.Popen(
         [*COMMAND, "train", "--train.epochs", "10000", "--output", str(output)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Whoever starts the tests in the background may have had interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(output.parent.glob(".*unfinished*/log.txt")):

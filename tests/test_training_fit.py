@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from importlib import resources
 
 import keras
@@ -17,7 +19,6 @@ from tfimm_lora.data import DataConfig, load_dataset
 from tfimm_lora.training import LoraSection, ModelSection, RunConfig, TrainSection
 from tfimm_lora.training.events import receive, send
 from tfimm_lora.training.fit import fit_method, make_batches
-from tfimm_lora.training.memory import peak_megabytes, resident_megabytes
 from tfimm_lora.training.methods import METHODS
 from tfimm_lora.training.pretrain_digits import pretrain
 from tfimm_lora.training.results import checked_difference, save_results
@@ -186,7 +187,13 @@ def test_events_pass_through_a_pipe(capsys):
 
 
 def test_peak_memory_grows_with_what_is_held():
-    before = peak_megabytes()
-    held = np.ones(64 * 2**20 // 8 + int(max(0, before - resident_megabytes())) * 2**17)
-    assert peak_megabytes() - before > 32
-    assert held.sum() > 0
+    # In a process of its own: after the peaks of other tests there is nothing to be seen here.
+    code = (
+        "import numpy as np\n"
+        "from tfimm_lora.training.memory import peak_megabytes\n"
+        "before = peak_megabytes()\n"
+        "held = np.ones(64 * 2**20 // 8)\n"
+        "print(peak_megabytes() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 32 < float(run.stdout) < 128
