@@ -16,7 +16,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any, TypeVar
 
-from tfimm_lora.architectures.config import ModelConfig, nearest_names
+from tfimm_lora.architectures.config import nearest_names
 from tfimm_lora.architectures.pretrained import PretrainedConfig
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -322,7 +322,6 @@ def register_model(function: _Function) -> _Function:
 
 
 __all__ = [
-    "ModelConfig",
     "find_entry",
     "is_model",
     "list_models",
