@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes  # registers bfloat16 with NumPy
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from tfimm_lora.weights.aligned import aligned, empty_aligned
+
 _PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npz"}
 
 _HALF_PRECISION = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_DTYPES = {
+    **_HALF_PRECISION,
+    **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (4, 8)},
+    **{f"I{8 * size}": np.dtype(f"<i{size}") for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": np.dtype(f"<u{size}") for size in (1, 2, 4, 8)},
+    "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 
 
 def refuse_pickle(path: Path) -> None:
@@ -52,12 +64,15 @@ class SafetensorsFile:
         metadata: The file's free-form strings.
     """
 
-    def __init__(self, path: Path, handle: Any) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        self._handle = handle
-        names = list(handle.keys())
-        self.shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in names}
-        self.metadata: dict[str, str] = dict(handle.metadata() or {})
+        self._file = file
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        self._start = 8 + size
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self._tensors: dict[str, dict[str, Any]] = header
+        self.shapes = {name: tuple(facts["shape"]) for name, facts in header.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32 array (integers stay what they are).
@@ -65,15 +80,25 @@ class SafetensorsFile:
         Raises:
             ValueError: The tensor's bytes cannot be read.
         """
+        facts = self._tensors[name]
+        dtype = _DTYPES.get(facts["dtype"])
+        if dtype is None:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} cannot be read: its type {facts['dtype']} is none of "
+                f"{', '.join(sorted(_DTYPES))}."
+            )
+        value = empty_aligned(self.shapes[name], dtype)
         try:
-            value = np.asarray(self._handle.get_tensor(name))
-        except Exception as error:
+            self._file.seek(self._start + facts["data_offsets"][0])
+            if self._file.readinto(value.reshape(-1).view(np.uint8)) != value.nbytes:
+                raise OSError("the file ends before it")
+        except OSError as error:
             raise ValueError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
-        return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
+        return value if np.issubdtype(value.dtype, np.integer) else aligned(value, np.float32)
 
     def rounded(self, name: str, value: np.ndarray) -> np.ndarray:
         """Rounds a float32 value to the precision that a tensor has in the file."""
-        dtype = _HALF_PRECISION.get(self._handle.get_slice(name).get_dtype())
+        dtype = _HALF_PRECISION.get(self._tensors[name]["dtype"])
         return value if dtype is None else value.astype(dtype).astype(value.dtype)
 
 
@@ -100,14 +125,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> Iterator[SafetensorsFile]:
         raise FileNotFoundError(f"There is no weights file {path}.")
     refuse_pickle(path)
     try:
-        handle = safetensors.safe_open(str(path), framework="numpy")
+        with safetensors.safe_open(str(path), framework="numpy"):
+            pass  # it checks the header and the file's size
     except Exception as error:
         raise ValueError(
             f"{path} is no complete safetensors file ({path.stat().st_size} bytes): {error}. "
             "It may be truncated; download or copy it again."
         ) from error
-    with handle as opened:
-        yield SafetensorsFile(path, opened)
+    # Read, not mapped: the pages of a mapped file would count as memory of this process.
+    with path.open("rb") as file:
+        yield SafetensorsFile(path, file)
 
 
 def write_aside(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:
