@@ -56,9 +56,22 @@ def test_unknown_field_names_the_nearest_and_all():
     ("name", "fields", "message"),
     [
         ("vit_tiny_patch16_224", {"num_heads": 5}, "=192 is not a multiple of num_heads=5"),
-        ("vit_tiny_patch16_224", {"global_pool": "max"}, "'token', 'avg' or '', found 'max'"),
+        ("vit_tiny_patch16_224", {"global_pool": "sum"}, "'token', 'avg', .*, found 'sum'"),
         ("vit_tiny_patch16_224", {"class_token": False}, "needs class_token=True. Use .*'avg'"),
-        ("vit_tiny_patch16_224", {"mlp_layer": "moe"}, "'mlp' or 'glu', found 'moe'"),
+        ("vit_tiny_patch16_224", {"mlp_layer": "moe"}, "'mlp', 'glu', 'swiglu', found 'moe'"),
+        ("vit_tiny_patch16_224", {"block_fn": "Blok"}, "'ParallelThingsBlock', found 'Blok'"),
+        ("vit_tiny_patch16_224", {"distilled": True, "reg_tokens": 2}, "and reg_tokens=2"),
+        ("vit_tiny_patch16_224", {"attn_layer": "diff", "num_heads": 64}, "halves the heads"),
+        (
+            "vit_tiny_patch16_224",
+            {"block_fn": "ParallelScalingBlock", "mlp_layer": "swiglu"},
+            "attention and MLP of its own: leave",
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {"block_fn": "ParallelScalingBlock", "scale_mlp_norm": True},
+            "has neither scale_attn_norm",
+        ),
         ("vit_tiny_patch16_224", {"act_layer": "tanhh"}, "Unknown activation 'tanhh'. Use one of"),
         ("vit_tiny_patch16_224", {"norm_layer": "bn"}, "Unknown norm_layer 'bn'. Use one of"),
         ("vit_tiny_patch16_224", {"input_size": 8}, "smaller than a patch of 16 pixels"),
@@ -68,7 +81,7 @@ def test_unknown_field_names_the_nearest_and_all():
         ("convnext_tiny", {"depths": (1, 1)}, r"depths=\(1, 1\) and dims=.* differ in length"),
         ("convnext_tiny", {"kernel_sizes": (7, 7)}, "needs one entry per stage"),
         ("convnext_tiny", {"stem_type": "x"}, "Unknown stem_type 'x'. Use one of patch"),
-        ("convnext_tiny", {"global_pool": "max"}, "'avg' or '', found 'max'"),
+        ("convnext_tiny", {"global_pool": "map"}, "'avgmax' or '', found 'map'"),
         ("convnext_tiny", {"drop_path_rate": 1.5}, r"rate has to be in \[0, 1\)"),
     ],
 )  # fmt: skip

@@ -107,7 +107,7 @@ def test_model_code_knows_keras_only(path):
 
 
 def test_every_import_is_declared_and_every_dependency_is_imported():
-    optional = {"jax", "torch", "tf2onnx", "onnx", "pandas", "sklearn"}
+    optional = {"jax", "torch", "timm", "tf2onnx", "onnx", "pandas", "sklearn"}
     dependencies = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared()}
     at_import, anywhere = set(), set()
     for path in SOURCES:

@@ -37,6 +37,22 @@ def timm_oracle(shared_dir: Path, oracle_python: str, oracle_cache: Path) -> Ite
 
 
 @pytest.fixture(scope="session")
+def foreign_oracle(shared_dir: Path, oracle_python: str, oracle_cache: Path) -> Iterator[Oracle]:
+    """timm's loader, and the library transformers, on checkpoints in the names of others."""
+    source = shared_dir / "oracle" / "timm_oracle.py"
+    oracle = Oracle(
+        "foreign",
+        oracle_python,
+        HERE / "drive_foreign.py",
+        [source, HERE / "foreign_layouts.py"],
+        oracle_cache,
+        [str(source)],
+    )
+    yield oracle
+    oracle.close()
+
+
+@pytest.fixture(scope="session")
 def peft_oracle(shared_dir: Path, oracle_python: str, oracle_cache: Path) -> Iterator[Oracle]:
     """PEFT on timm models."""
     source = shared_dir / "oracle" / "peft_oracle.py"

@@ -13,6 +13,25 @@ torch = oracle.torch
 torch.set_num_threads(1)
 
 
+# What a class stands for in timm has a name in a config.
+CLASSES = {
+    "mlp_layer": {"glu": "SwiGLUPacked", "swiglu": "SwiGLU"},
+    "block_fn": {},
+}
+
+
+def with_classes(overrides: dict[str, Any] | None) -> dict[str, Any]:
+    """Overrides in which names stand for timm's classes."""
+    module = sys.modules["timm.models.vision_transformer"]
+    layers = sys.modules["timm.layers"]
+    found = dict(overrides or {})
+    for key, names in CLASSES.items():
+        if key in found:
+            name = names.get(found[key], found[key])
+            found[key] = getattr(module, name, None) or getattr(layers, name)
+    return found
+
+
 def make(
     out: str,
     arch: str,
@@ -29,7 +48,7 @@ def make(
 
     ``call_size`` is the size of the images if it is not the size that the model was built for.
     """
-    model, x, meta = oracle.build(arch, seed, overrides, img_size, batch, eps_probe)
+    model, x, meta = oracle.build(arch, seed, with_classes(overrides), img_size, batch, eps_probe)
     if call_size is not None:
         x = torch.randn((batch, x.shape[1], *call_size), generator=oracle._stream(seed, "input"))
     stored = getattr(torch, dtype)

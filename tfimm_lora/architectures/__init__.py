@@ -9,7 +9,8 @@ from tfimm_lora.architectures.pretrained import PretrainedConfig
 if TYPE_CHECKING:
     from tfimm_lora.architectures.convnext import ConvNeXt, ConvNeXtConfig
     from tfimm_lora.architectures.serialization import keras_serializable
-    from tfimm_lora.architectures.vit import ViT, ViTConfig
+    from tfimm_lora.architectures.vit import ViT
+    from tfimm_lora.architectures.vit_config import ViTConfig
 
 __all__ = [
     "ConvNeXt",
@@ -27,7 +28,7 @@ __getattr__, __dir__ = lazy_names(
         "ConvNeXt": "tfimm_lora.architectures.convnext",
         "ConvNeXtConfig": "tfimm_lora.architectures.convnext",
         "ViT": "tfimm_lora.architectures.vit",
-        "ViTConfig": "tfimm_lora.architectures.vit",
+        "ViTConfig": "tfimm_lora.architectures.vit_config",
         "keras_serializable": "tfimm_lora.architectures.serialization",
     },
     globals(),

@@ -27,7 +27,8 @@ class ModelConfig:
         in_channels: Number of channels of the input images.
         input_size: Height and width of the input images in pixels.
         first_conv: timm path of the layer that reads the image, ``""`` if there is none.
-        classifier: timm path of the classification layer, ``""`` if there is none.
+        classifier: timm path of the classification layer, ``""`` if there is none; a tuple of
+            paths for a model with several.
 
     Example:
         >>> cfg = ModelConfig(name="my_model", nb_classes=10)
@@ -38,7 +39,7 @@ class ModelConfig:
     in_channels: int = 3
     input_size: tuple[int, int] = (224, 224)
     first_conv: str = ""
-    classifier: str = ""
+    classifier: str | tuple[str, ...] = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.input_size, int):
@@ -56,6 +57,21 @@ class ModelConfig:
             raise ValueError(f"nb_classes has to be 0 or more, found {self.nb_classes}.")
         if self.in_channels < 1:
             raise ValueError(f"in_channels has to be 1 or more, found {self.in_channels}.")
+
+
+def classifier_paths(cfg: Any) -> tuple[str, ...]:
+    """Returns the timm paths of a config's classification layers, none for other objects.
+
+    Args:
+        cfg: A configuration or facts about a checkpoint.
+
+    Example:
+        >>> classifier_paths(tfimm_lora.models.model_config("deit_tiny_distilled_patch16_224"))
+        ('head', 'head_dist')
+    """
+    found = getattr(cfg, "classifier", None) or ()
+    found = (found,) if isinstance(found, str) else found
+    return tuple(path.replace("/", ".") for path in found)  # tfimm writes head/fc
 
 
 def nearest_names(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -17,6 +17,7 @@ from tfimm_lora.architectures.base import ImageModel
 from tfimm_lora.architectures.config import ModelConfig
 from tfimm_lora.architectures.serialization import keras_serializable
 from tfimm_lora.layers import Dropout, DropPath, Mlp, create_norm, get_activation
+from tfimm_lora.layers.pooling import POOLINGS, pool
 
 # Stem layers in timm's order: (kind, width relative to dims[0], kernel, stride). timm numbers the
 # activation too, which is why names are positions.
@@ -47,7 +48,7 @@ class ConvNeXtConfig(ModelConfig):
         norm_eps: Epsilon of all normalisations.
         head_norm_first: Normalise in front of pooling instead of behind it.
         head_hidden_size: Width of a hidden layer in the head, ``None`` for none.
-        global_pool: ``avg``, or ``""`` to classify every position.
+        global_pool: ``avg``, ``max``, ``avgmax``, or ``""`` to classify every position.
         drop_rate: Dropout in front of the classifier.
         drop_path_rate: Stochastic depth of the last block; earlier blocks have less.
         first_conv: See the base class.
@@ -92,8 +93,11 @@ class ConvNeXtConfig(ModelConfig):
             raise ValueError(
                 f"Unknown stem_type {self.stem_type!r}. Use one of {', '.join(_STEMS)}."
             )
-        if self.global_pool not in ("avg", ""):
-            raise ValueError(f"global_pool has to be 'avg' or '', found {self.global_pool!r}.")
+        if self.global_pool not in (*POOLINGS, ""):
+            raise ValueError(
+                f"global_pool has to be one of {', '.join(map(repr, POOLINGS))} or '', found "
+                f"{self.global_pool!r}."
+            )
 
 
 def _conv(filters: int, kernel_size: int, stride: int, name: str) -> keras.layers.Layer:
@@ -228,7 +232,7 @@ class ConvNeXtHead(keras.layers.Layer):
             self.fc.build(shape)
 
     def call(self, inputs: Any, training: bool | None = None, pre_logits: bool = False) -> Any:
-        x = ops.mean(inputs, axis=(1, 2)) if self.pool else inputs
+        x = pool(inputs, self.pool, axis=(1, 2))
         if self.norm is not None:
             x = self.norm(x)
         if self.pre_logits is not None:

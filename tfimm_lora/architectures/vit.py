@@ -1,13 +1,12 @@
-"""Vision transformers with plain pre-norm blocks: ViT, DeiT, DINOv2 and their like.
+"""Vision transformers: ViT, DeiT, DINOv2, CLIP's and SigLIP's towers and their like.
 
 Papers: An Image is Worth 16x16 Words, arXiv:2010.11929; DeiT, arXiv:2012.12877; DINOv2,
-arXiv:2304.07193; registers, arXiv:2309.16588. Layer names and numerics follow timm's
-``vision_transformer.py``.
+arXiv:2304.07193; registers, arXiv:2309.16588; SigLIP, arXiv:2303.15343. Layer names and numerics
+follow timm's ``vision_transformer.py`` and ``deit.py``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import keras
@@ -15,183 +14,12 @@ import numpy as np
 from keras import ops
 
 from tfimm_lora.architectures.base import ImageModel
-from tfimm_lora.architectures.config import ModelConfig
 from tfimm_lora.architectures.serialization import keras_serializable
-from tfimm_lora.layers import (
-    Attention,
-    Dropout,
-    DropPath,
-    LayerScale,
-    Mlp,
-    PatchEmbed,
-    create_norm,
-)
+from tfimm_lora.architectures.vit_blocks import BLOCKS
+from tfimm_lora.architectures.vit_config import ViTConfig
+from tfimm_lora.layers import AttentionPoolLatent, Dropout, PatchEmbed, create_norm
+from tfimm_lora.layers.pooling import pool
 from tfimm_lora.layers.resample import resample_patch_kernel, resample_position_table
-
-
-@dataclasses.dataclass
-class ViTConfig(ModelConfig):
-    """Configuration of :class:`ViT`; fields beyond the base class carry timm's names.
-
-    Attributes:
-        patch_size: Side of a patch in pixels.
-        embed_dim: Width of a token.
-        depth: Number of blocks.
-        num_heads: Number of attention heads; divides ``embed_dim``.
-        mlp_ratio: Hidden width of a block's MLP over ``embed_dim``.
-        qkv_bias: Bias of the query-key-value projections.
-        qk_norm: Normalise queries and keys.
-        proj_bias: Bias of the other projections of a block.
-        init_values: Initial layer scale, ``None`` for no layer scale.
-        class_token: Whether there is a class token.
-        no_embed_class: Position embeddings for patches only.
-        reg_tokens: Number of register tokens.
-        pre_norm: Normalise in front of the blocks (and no bias in the patch embedding).
-        final_norm: Normalise behind the blocks.
-        fc_norm: Normalise behind pooling instead; ``None`` does so for average pooling.
-        global_pool: ``token`` (the class token), ``avg`` (patch tokens), or ``""`` for no pooling.
-        dynamic_img_size: Accept images of any size by resampling the position table in each call.
-        act_layer: Activation of the MLPs.
-        mlp_layer: ``mlp``, or ``glu`` for gated MLPs (SwiGLU of the giant DINOv2).
-        norm_layer: ``layernorm``, ``rmsnorm`` or ``simplenorm``.
-        norm_eps: Epsilon of all normalisations.
-        drop_rate: Dropout in front of the classifier.
-        pos_drop_rate: Dropout behind the position embedding.
-        proj_drop_rate: Dropout behind the projections of a block.
-        attn_drop_rate: Dropout of attention weights.
-        drop_path_rate: Stochastic depth of the last block; earlier blocks have less.
-        first_conv: See the base class.
-        classifier: See the base class.
-
-    Raises:
-        ValueError: Sizes do not divide, or the pooling contradicts the tokens.
-
-    Example:
-        >>> cfg = ViTConfig(embed_dim=64, depth=2, num_heads=2, input_size=(32, 32), patch_size=8)
-    """
-
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    proj_bias: bool = True
-    init_values: float | None = None
-    class_token: bool = True
-    no_embed_class: bool = False
-    reg_tokens: int = 0
-    pre_norm: bool = False
-    final_norm: bool = True
-    fc_norm: bool | None = None
-    global_pool: str = "token"
-    dynamic_img_size: bool = False
-    act_layer: str = "gelu"
-    mlp_layer: str = "mlp"
-    norm_layer: str = "layernorm"
-    norm_eps: float = 1e-6
-    drop_rate: float = 0.0
-    pos_drop_rate: float = 0.0
-    proj_drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    first_conv: str = "patch_embed.proj"
-    classifier: str = "head"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # As in timm, a rest of pixels at the lower and right border is not seen.
-        if any(size < self.patch_size for size in self.input_size):
-            raise ValueError(
-                f"input_size={tuple(self.input_size)} is smaller than a patch of "
-                f"{self.patch_size} pixels."
-            )
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}."
-            )
-        if self.global_pool not in ("token", "avg", ""):
-            raise ValueError(
-                f"global_pool has to be 'token', 'avg' or '', found {self.global_pool!r}."
-            )
-        if self.mlp_layer not in ("mlp", "glu"):
-            raise ValueError(f"mlp_layer has to be 'mlp' or 'glu', found {self.mlp_layer!r}.")
-        if self.global_pool == "token" and not self.class_token:
-            raise ValueError("global_pool='token' needs class_token=True. Use global_pool='avg'.")
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Number of patches along height and width."""
-        return (self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Number of tokens in front of the patches."""
-        return int(self.class_token) + self.reg_tokens
-
-    @property
-    def num_prefix_positions(self) -> int:
-        """Number of rows of the position table that belong to prefix tokens."""
-        return 0 if self.no_embed_class else self.num_prefix_tokens
-
-    @property
-    def uses_fc_norm(self) -> bool:
-        """Whether the last normalisation comes behind pooling."""
-        wanted = self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
-        return self.final_norm and wanted
-
-
-class ViTBlock(keras.layers.Layer):
-    """Pre-norm attention and MLP with residuals (timm's ``Block``)."""
-
-    def __init__(self, cfg: ViTConfig, drop_path: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.norm1 = create_norm(cfg.norm_layer, cfg.norm_eps, "norm1")
-        self.attn = Attention(
-            cfg.embed_dim,
-            cfg.num_heads,
-            qkv_bias=cfg.qkv_bias,
-            qk_norm=cfg.qk_norm,
-            proj_bias=cfg.proj_bias,
-            norm_layer=cfg.norm_layer,
-            norm_eps=cfg.norm_eps,
-            attn_drop_rate=cfg.attn_drop_rate,
-            proj_drop_rate=cfg.proj_drop_rate,
-            name="attn",
-        )
-        # timm skips layer scale when its initial value is zero or None.
-        self.ls1 = LayerScale(cfg.init_values, name="ls1") if cfg.init_values else None
-        self.drop_path1 = DropPath(drop_path, name="drop_path1")
-        self.norm2 = create_norm(cfg.norm_layer, cfg.norm_eps, "norm2")
-        self.mlp = Mlp(
-            int(cfg.embed_dim * cfg.mlp_ratio),
-            cfg.embed_dim,
-            act_layer=cfg.act_layer,
-            gated=cfg.mlp_layer == "glu",
-            use_bias=cfg.proj_bias,
-            drop_rate=cfg.proj_drop_rate,
-            name="mlp",
-        )
-        self.ls2 = LayerScale(cfg.init_values, name="ls2") if cfg.init_values else None
-        self.drop_path2 = DropPath(drop_path, name="drop_path2")
-
-    def build(self, input_shape: Any) -> None:
-        input_shape = tuple(input_shape)
-        for layer in (self.norm1, self.attn, self.ls1, self.norm2, self.mlp, self.ls2):
-            if layer is not None:
-                layer.build(input_shape)
-
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        x = self.attn(self.norm1(inputs), training=training)
-        x = x if self.ls1 is None else self.ls1(x)
-        inputs = inputs + self.drop_path1(x, training=training)
-        x = self.mlp(self.norm2(inputs), training=training)
-        x = x if self.ls2 is None else self.ls2(x)
-        return inputs + self.drop_path2(x, training=training)
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape
 
 
 @keras_serializable
@@ -213,7 +41,12 @@ class ViT(ImageModel):
         super().__init__(**{"name": "vit", **kwargs})
         self.cfg = cfg
         self.patch_embed = PatchEmbed(
-            cfg.patch_size, cfg.embed_dim, use_bias=not cfg.pre_norm, name="patch_embed"
+            cfg.patch_size,
+            cfg.embed_dim,
+            use_bias=not cfg.pre_norm,
+            norm_layer=cfg.embed_norm_layer,
+            norm_eps=cfg.norm_eps,
+            name="patch_embed",
         )
         self.pos_drop = Dropout(cfg.pos_drop_rate, name="pos_drop")
 
@@ -222,28 +55,52 @@ class ViT(ImageModel):
 
         self.norm_pre = norm("norm_pre", cfg.pre_norm)
         rates = np.linspace(0.0, cfg.drop_path_rate, cfg.depth)
-        self.blocks = [ViTBlock(cfg, float(r), name=f"blocks_{i}") for i, r in enumerate(rates)]
+        self.blocks = [
+            BLOCKS[cfg.block_fn](cfg, i, float(rate), name=f"blocks_{i}")
+            for i, rate in enumerate(rates)
+        ]
         self.norm = norm("norm", cfg.final_norm and not cfg.uses_fc_norm)
+        self.attn_pool = None
+        if cfg.global_pool == "map":
+            self.attn_pool = AttentionPoolLatent(
+                cfg.embed_dim,
+                cfg.num_heads,
+                mlp_ratio=cfg.mlp_ratio,
+                act_layer=cfg.act_layer,
+                norm_layer=cfg.norm_layer,
+                norm_eps=cfg.norm_eps,
+                name="attn_pool",
+            )
         self.fc_norm = norm("fc_norm", cfg.uses_fc_norm)
         self.head_drop = Dropout(cfg.drop_rate, name="head_drop")
-        self.head = None
-        if cfg.nb_classes:
+
+        def head(name: str, wanted: bool) -> keras.layers.Layer | None:
+            if not wanted:
+                return None
             init = keras.initializers.TruncatedNormal(stddev=0.02)
-            self.head = keras.layers.Dense(cfg.nb_classes, kernel_initializer=init, name="head")
+            return keras.layers.Dense(cfg.nb_classes, kernel_initializer=init, name=name)
+
+        self.head = head("head", cfg.nb_classes > 0)
+        self.head_dist = head("head_dist", cfg.nb_classes > 0 and cfg.distilled)
 
     def build(self, input_shape: Any) -> None:
         cfg = self.cfg
         self.patch_embed.build((None, *cfg.input_size, cfg.in_channels))
-        tiny = keras.initializers.RandomNormal(stddev=1e-6)
-        self.cls_token = self.reg_token = None
-        if cfg.class_token:
-            self.cls_token = self.add_weight(
-                name="cls_token", shape=(1, 1, cfg.embed_dim), initializer=tiny
+        # Order of the prefix tokens is order of their rows in the position table.
+        counts = {
+            "cls_token": int(cfg.class_token),
+            "dist_token": int(cfg.distilled),
+            "reg_token": cfg.reg_tokens,
+        }
+        self.prefix_tokens = [
+            self.add_weight(
+                name=name,
+                shape=(1, count, cfg.embed_dim),
+                initializer=keras.initializers.RandomNormal(stddev=1e-6),
             )
-        if cfg.reg_tokens:
-            self.reg_token = self.add_weight(
-                name="reg_token", shape=(1, cfg.reg_tokens, cfg.embed_dim), initializer=tiny.clone()
-            )
+            for name, count in counts.items()
+            if count
+        ]
         rows = cfg.num_prefix_positions + cfg.grid_size[0] * cfg.grid_size[1]
         self.pos_embed = self.add_weight(
             name="pos_embed",
@@ -252,11 +109,11 @@ class ViT(ImageModel):
         )
         tokens = cfg.num_prefix_tokens + cfg.grid_size[0] * cfg.grid_size[1]
         shape = (None, tokens, cfg.embed_dim)
-        for layer in (self.norm_pre, *self.blocks, self.norm):
+        for layer in (self.norm_pre, *self.blocks, self.norm, self.attn_pool):
             if layer is not None:
                 layer.build(shape)
         pooled = (None, cfg.embed_dim) if cfg.global_pool else shape
-        for layer in (self.fc_norm, self.head):
+        for layer in (self.fc_norm, self.head, self.head_dist):
             if layer is not None:
                 layer.build(pooled)
 
@@ -301,8 +158,7 @@ class ViT(ImageModel):
             ops.broadcast_to(
                 ops.cast(t, x.dtype), (ops.shape(x)[0], t.shape[1], self.cfg.embed_dim)
             )
-            for t in (self.cls_token, self.reg_token)
-            if t is not None
+            for t in self.prefix_tokens
         ]
         if prefix:
             x = ops.concatenate([*prefix, x], axis=1)
@@ -333,14 +189,24 @@ class ViT(ImageModel):
 
     def forward_head(self, x: Any, training: bool | None = None, pre_logits: bool = False) -> Any:
         """Pools and classifies tokens; see the base class."""
-        if self.cfg.global_pool == "token":
-            x = x[:, 0]
-        elif self.cfg.global_pool == "avg":
-            x = ops.mean(x[:, self.cfg.num_prefix_tokens :], axis=1)
+        if self.cfg.distilled:
+            x, distilled = (self.head_drop(x[:, i], training=training) for i in range(2))
+            if not pre_logits and self.head is not None:
+                x, distilled = self.head(x), self.head_dist(distilled)
+            return (x + distilled) / 2
+        x = self._pool(x, training)
         if self.fc_norm is not None:
             x = self.fc_norm(x)
         x = self.head_drop(x, training=training)
         return x if pre_logits or self.head is None else self.head(x)
+
+    def _pool(self, x: Any, training: bool | None) -> Any:
+        kind = self.cfg.global_pool
+        if kind == "token":
+            return x[:, 0]
+        if kind and not self.cfg.pool_include_prefix:
+            x = x[:, self.cfg.num_prefix_tokens :]
+        return self.attn_pool(x, training=training) if kind == "map" else pool(x, kind, axis=1)
 
     @classmethod
     def adapt_weight(
@@ -349,13 +215,19 @@ class ViT(ImageModel):
         """Resizes position table and patch kernel; see the base class."""
         if name == "patch_embed.proj.weight":
             if value.shape[:2] != shape[:2]:
-                value = resample_patch_kernel(value, (shape[0], shape[1]))
+                value = resample_patch_kernel(
+                    value, (shape[0], shape[1]), cfg.pos_embed_interpolation
+                )
         elif name == "pos_embed":
             rows = value.shape[1] - cfg.num_prefix_positions
             grid = _source_grid(rows, cfg.patch_size, source_size)
             if grid is not None and grid != cfg.grid_size:
-                value = np.asarray(
-                    resample_position_table(value, grid, cfg.grid_size, cfg.num_prefix_positions)
+                value = resample_position_table(
+                    value,
+                    grid,
+                    cfg.grid_size,
+                    cfg.num_prefix_positions,
+                    cfg.pos_embed_interpolation,
                 )
         return value
 

@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
 
@@ -133,12 +132,13 @@ def merge(adapter: Path, section: ModelSection, output: Path) -> tuple[float, st
 
 def _classes(adapter: Path, name: str) -> int | None:
     """Returns the number of classes of the adapter's own head, None if it has none."""
+    from tfimm_lora.architectures.config import classifier_paths
     from tfimm_lora.models import pretrained_config
     from tfimm_lora.weights.safetensors_file import read_safetensors
 
-    classifier: Any = pretrained_config(name).classifier
+    classifier = classifier_paths(pretrained_config(name))
     with read_safetensors(adapter / "adapter_model.safetensors") as file:
         for key, shape in file.shapes.items():
-            if key.endswith(f".{classifier}.weight"):
+            if key.endswith(tuple(f".{path}.weight" for path in classifier)):
                 return shape[0]
     return None

@@ -9,12 +9,12 @@ from keras import ops
 
 from tfimm_lora.layers.activation import get_activation
 from tfimm_lora.layers.drop import Dropout
-from tfimm_lora.layers.norm import GlobalResponseNorm
+from tfimm_lora.layers.norm import GlobalResponseNorm, create_norm
 
 
 @keras.saving.register_keras_serializable(package="tfimm_lora")
 class Mlp(keras.layers.Layer):
-    """``fc1``, activation, optional ``grn``, ``fc2``.
+    """``fc1``, activation, optional ``norm`` or ``grn``, ``fc2``.
 
     timm's ``Mlp``, ``GlobalResponseNormMlp`` and, with ``gated``, ``GluMlp`` (SwiGLU,
     packed; paper: GLU Variants Improve Transformer, arXiv:2002.05202).
@@ -29,6 +29,9 @@ class Mlp(keras.layers.Layer):
         gated: The first half of the output of ``fc1`` is activated and multiplied by the second.
             Defaults to ``False``.
         use_bias: Whether both layers have a bias. Defaults to ``True``.
+        norm_layer: Kind of a normalisation in front of ``fc2``, ``""`` for none. Defaults to
+            ``""``.
+        norm_eps: Its epsilon. Defaults to 1e-6.
         drop_rate: Dropout after the activation and after ``fc2``. Defaults to 0.0.
         **kwargs: Passed on to ``keras.layers.Layer``.
 
@@ -45,6 +48,8 @@ class Mlp(keras.layers.Layer):
         use_grn: bool = False,
         gated: bool = False,
         use_bias: bool = True,
+        norm_layer: str = "",
+        norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -57,6 +62,8 @@ class Mlp(keras.layers.Layer):
             "use_grn": use_grn,
             "gated": gated,
             "use_bias": use_bias,
+            "norm_layer": norm_layer,
+            "norm_eps": norm_eps,
             "drop_rate": drop_rate,
         }
 
@@ -71,6 +78,7 @@ class Mlp(keras.layers.Layer):
         self.fc1 = linear(hidden_features, "fc1")
         self.act = get_activation(act_layer)
         self.drop1 = Dropout(drop_rate, name="drop1")
+        self.norm = create_norm(norm_layer, norm_eps, "norm") if norm_layer else None
         self.grn = GlobalResponseNorm(name="grn") if use_grn else None
         self.fc2 = linear(out_features, "fc2")
         self.drop2 = Dropout(drop_rate, name="drop2")
@@ -80,8 +88,9 @@ class Mlp(keras.layers.Layer):
         width = self._config["hidden_features"] // (2 if self._config["gated"] else 1)
         hidden_shape = input_shape[:-1] + (width,)
         self.fc1.build(input_shape)
-        if self.grn is not None:
-            self.grn.build(hidden_shape)
+        for norm in (self.norm, self.grn):
+            if norm is not None:
+                norm.build(hidden_shape)
         self.fc2.build(hidden_shape)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -92,8 +101,8 @@ class Mlp(keras.layers.Layer):
         else:
             x = self.act(x)
         x = self.drop1(x, training=training)
-        if self.grn is not None:
-            x = self.grn(x)
+        for norm in (self.norm, self.grn):
+            x = x if norm is None else norm(x)
         return self.drop2(self.fc2(x), training=training)
 
     def compute_output_shape(self, input_shape: Any) -> Any:

@@ -11,12 +11,17 @@ from keras import ops
 class _ChannelNorm(keras.layers.Layer):
     """A normalisation over the last axis with a learned ``gamma``, computed in float32."""
 
-    def __init__(self, epsilon: float = 1e-6, **kwargs: Any) -> None:
+    def __init__(
+        self, epsilon: float = 1e-6, gamma_initializer: Any = "ones", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.epsilon = epsilon
+        self.gamma_initializer = keras.initializers.get(gamma_initializer)
 
     def build(self, input_shape: Any) -> None:
-        self.gamma = self.add_weight(name="gamma", shape=(input_shape[-1],), initializer="ones")
+        self.gamma = self.add_weight(
+            name="gamma", shape=(input_shape[-1],), initializer=self.gamma_initializer
+        )
 
     def _normalize(self, x: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has to define _normalize.")
@@ -29,7 +34,11 @@ class _ChannelNorm(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "epsilon": self.epsilon}
+        return {
+            **super().get_config(),
+            "epsilon": self.epsilon,
+            "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
+        }
 
 
 @keras.saving.register_keras_serializable(package="tfimm_lora")
@@ -40,6 +49,7 @@ class RMSNorm(_ChannelNorm):
 
     Args:
         epsilon: Added to the mean square. Defaults to 1e-6.
+        gamma_initializer: Initialiser of ``gamma``. Defaults to ``ones``.
         **kwargs: Passed on to ``keras.layers.Layer``.
 
     Example:
@@ -58,6 +68,7 @@ class SimpleNorm(_ChannelNorm):
 
     Args:
         epsilon: Added to the variance. Defaults to 1e-6.
+        gamma_initializer: Initialiser of ``gamma``. Defaults to ``ones``.
         **kwargs: Passed on to ``keras.layers.Layer``.
 
     Example:

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfimm_lora.architectures.config import base_config_values, config_to_dict
+from tfimm_lora.architectures.config import base_config_values, classifier_paths, config_to_dict
 from tfimm_lora.lora import peft_files
 from tfimm_lora.lora.config import LoRAConfig, split_lora_values
 from tfimm_lora.lora.layer import LoRALayer
@@ -23,6 +23,7 @@ from tfimm_lora.lora.trainable import fully_trained_layers
 from tfimm_lora.version import __version__
 from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.hub import download
+from tfimm_lora.weights.loading import classes_of
 from tfimm_lora.weights.names import (
     NamedVariable,
     is_lora_weight,
@@ -89,7 +90,7 @@ def save_adapter(model: keras.Model, folder: str | os.PathLike[str], name: str =
     config = peft_files.make_config(_model_name(model), fields, layers, modules)
     lora = split_lora_values(config_to_dict(_own_config(model)))[0]
     if "lora_train_classifier" in lora:
-        lora["lora_train_classifier"] = any(m == _classifier(model) for m in modules)
+        lora["lora_train_classifier"] = any(m in _classifier(model) for m in modules)
     own = {
         "version": __version__,
         "model": _model_name(model),
@@ -246,8 +247,8 @@ def _model_name(model: Any) -> str:
     return f"{name}.{facts.tag}" if facts is not None and facts.tag else name
 
 
-def _classifier(model: Any) -> str:
-    return getattr(getattr(model, "cfg", None), "classifier", "")
+def _classifier(model: Any) -> tuple[str, ...]:
+    return classifier_paths(getattr(model, "cfg", None))
 
 
 def _full_layers(model: Any) -> list[str]:
@@ -292,13 +293,12 @@ def _adapted(
     """Returns a LoRA model whose layers are those of the adapter."""
     from tfimm_lora.lora.factory import convert_to_lora_model
 
-    classifier = _classifier(model)
-    weight = shapes.get(f"{classifier}.weight")
+    found = classes_of(shapes, _classifier(model))
     classes = getattr(getattr(model, "cfg", None), "nb_classes", None)
-    if weight and classes is not None and weight[0] != classes:
+    if found and classes is not None and found != classes:
         raise ValueError(
-            f"{source}: the adapter's classifier has {weight[0]} classes and the model "
-            f"{classes}. Create the model with nb_classes={weight[0]}."
+            f"{source}: the adapter's classifier has {found} classes and the model "
+            f"{classes}. Create the model with nb_classes={found}."
         )
     lora_model = model if lora_layers(model) else convert_to_lora_model(model, **fields)
     if any(layer.merged for layer in lora_layers(lora_model)):

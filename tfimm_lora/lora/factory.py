@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tfimm_lora.lora.trainable import fully_trained_layers, set_trainable
 from tfimm_lora.models.factory import build_model, create_with_class
 from tfimm_lora.models.factory import create_model as create_regular_model
 from tfimm_lora.models.registry import model_class
+from tfimm_lora.models.sources import architecture_of
 from tfimm_lora.models.transfer import transfer_weights
 from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, named_variables
 
@@ -60,7 +62,7 @@ def create_model(
     Example:
         >>> model = create_model("convnext_tiny", lora_rank=2)
     """
-    lora_cls = lora_architecture(model_class(model_name))
+    lora_cls = lora_architecture(model_class(architecture_of(model_name)))
     if str(model_path).endswith(".weights.h5") and not _holds_lora_weights(Path(model_path)):
         lora, rest = split_lora_values(kwargs)
         model = create_regular_model(model_name, pretrained, model_path, **rest)
@@ -119,9 +121,9 @@ def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
         return convert_functional_model(model, kwargs)
     lora_cls: Any = lora_architecture(type(model))
     cfg = make_config(lora_cls.cfg_class, base_config_values(model.cfg, lora_cls.cfg_class), kwargs)
-    lora_model = build_model(lora_cls, cfg, getattr(model, "pretrained_cfg", None))
-    transfer_weights(model, lora_model, LORA_WEIGHT_NAMES)
-    return _flagged(lora_model)
+    facts = getattr(model, "pretrained_cfg", None)
+    copy = partial(transfer_weights, model, weights_to_ignore=LORA_WEIGHT_NAMES)
+    return _flagged(build_model(lora_cls, cfg, facts, copy))
 
 
 def _flagged(model: Any) -> keras.Model:
@@ -149,16 +151,15 @@ def convert_to_regular_model(model: keras.Model) -> keras.Model:
     """
     if not lora_layers(model):
         raise ValueError(f"{model.name!r} has no LoRA layers; it is a regular model already.")
+    copy = partial(transfer_weights, model, weights_to_ignore=LORA_WEIGHT_NAMES)
     if isinstance(model, LoRAFunctional):
         regular = regular_functional_model(model)
+        copy(regular)
     else:
         base_cls: Any = lora_base_architecture(type(model))
         values = base_config_values(model.cfg, base_cls.cfg_class)
-        values = split_lora_values(values)[1]
-        regular = build_model(
-            base_cls, base_cls.cfg_class(**values), getattr(model, "pretrained_cfg", None)
-        )
-    transfer_weights(model, regular, LORA_WEIGHT_NAMES)
+        cfg = base_cls.cfg_class(**split_lora_values(values)[1])
+        regular = build_model(base_cls, cfg, getattr(model, "pretrained_cfg", None), copy)
     kernels = {v.path: v.variable for v in named_variables(regular) if v.leaf == "kernel"}
     for v in named_variables(model):
         if v.leaf == "kernel" and isinstance(v.layer, LoRALayer):

@@ -102,7 +102,7 @@ def _convert(fresh: keras.Model, text: str, fields: dict[str, Any]) -> LoRAFunct
     """Turns a restored regular model, whose layers are used up, into a LoRA model."""
     cfg = make_config(LoRAConfig, {}, fields)
     classifier = _last_adaptable(fresh) if cfg.lora_train_classifier else ""
-    targets = find_targets(fresh, cfg, ("all",), {}, {}, classifier)
+    targets = find_targets(fresh, cfg, ("all",), {}, {}, (classifier,))
     if classifier in [t.module for t in targets]:
         raise ValueError(
             f"The classifier {classifier!r} is targeted by lora_targets and trained in full by "

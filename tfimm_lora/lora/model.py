@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from tfimm_lora.architectures.config import classifier_paths
 from tfimm_lora.lora.layers import convert_to_lora_layer
 from tfimm_lora.lora.replace import parent_of, replace_sublayer
 from tfimm_lora.lora.targets import Target, find_targets
@@ -19,8 +20,9 @@ class LoRAModel:
     ``trainable`` flags of all weights are set from the config.
 
     Attributes:
-        lora_default_targets: Patterns used where the config has none.
-        lora_target_groups: Patterns of the groups ``attention`` and ``mlp``.
+        lora_default_targets: Patterns used where the config has none; a property where they depend
+            on ``self.cfg``.
+        lora_target_groups: Patterns of the groups ``attention`` and ``mlp``; likewise.
         lora_slices: Names of equal slices of a layer's outputs, by the end of its timm path.
 
     Example:
@@ -30,8 +32,8 @@ class LoRAModel:
         ...     cfg_class = LoRAViTConfig
     """
 
-    lora_default_targets: ClassVar[Sequence[str]] = ("all",)
-    lora_target_groups: ClassVar[Mapping[str, Sequence[str]]] = {}
+    lora_default_targets: Any = ("all",)
+    lora_target_groups: Any = {}
     lora_slices: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     cfg: Any
@@ -39,7 +41,7 @@ class LoRAModel:
 
     def __init__(self, cfg: Any, **kwargs: Any) -> None:
         super().__init__(cfg, **kwargs)  # type: ignore[call-arg]
-        classifier = getattr(cfg, "classifier", "")
+        classifier = classifier_paths(cfg)
         targets = find_targets(
             self,
             cfg,
@@ -48,11 +50,11 @@ class LoRAModel:
             self.lora_slices,
             classifier,
         )
-        adapted = tuple(t.module for t in targets)
-        if cfg.lora_train_classifier and classifier in adapted:
+        adapted = {t.module for t in targets} & set(classifier)
+        if cfg.lora_train_classifier and adapted:
             raise ValueError(
-                f"The classifier {classifier!r} is targeted by lora_targets and trained in full by "
-                "lora_train_classifier=True. Use one of the two."
+                f"The classifier {min(adapted)!r} is targeted by lora_targets and trained in full "
+                "by lora_train_classifier=True. Use one of the two."
             )
         insert_lora_layers(self, targets)
 

@@ -74,7 +74,9 @@ def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> An
 class _Candidates:
     """What can be adapted in a model: layers, and named slices of their outputs."""
 
-    def __init__(self, model: keras.Model, classifier: str, slices: Mapping[str, Sequence[str]]):
+    def __init__(
+        self, model: keras.Model, classifier: Sequence[str], slices: Mapping[str, Sequence[str]]
+    ):
         self.layers: dict[str, tuple[str, keras.layers.Layer]] = {}
         self.other: dict[str, str] = {}
         self.slices: dict[str, tuple[str, int, int]] = {}
@@ -144,7 +146,7 @@ def find_targets(
     default: Sequence[str],
     groups: Mapping[str, Sequence[str]],
     slices: Mapping[str, Sequence[str]],
-    classifier: str,
+    classifier: Sequence[str],
 ) -> list[Target]:
     """Resolves the fields of a LoRA config to layers.
 
@@ -154,7 +156,7 @@ def find_targets(
         default: Patterns to use where ``cfg.lora_targets`` is ``None``.
         groups: Patterns of the groups ``attention`` and ``mlp``.
         slices: Names of the equal slices of a layer's outputs, by the end of the layer's path.
-        classifier: timm path of the classifier.
+        classifier: timm paths of the classification layers.
 
     Returns:
         The layers to adapt, in the model's order.

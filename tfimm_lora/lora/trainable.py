@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from tfimm_lora.architectures.config import classifier_paths
 from tfimm_lora.lora.config import TRAIN_BIAS
 from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.weights.adapt import is_below
@@ -116,19 +117,19 @@ def fully_trained_layers(model: Any) -> list[str]:
         timm paths: the classifier if it is trained, and ``lora_modules_to_save``.
     """
     cfg: Any = model.cfg
-    classifier = getattr(cfg, "classifier", "")
     wanted = getattr(cfg, "lora_train_classifier", None)
     if wanted is None:
         facts = getattr(model, "pretrained_cfg", None)
         wanted = facts is not None and getattr(cfg, "nb_classes", 0) != facts.num_classes
     modules = list(getattr(cfg, "lora_modules_to_save", ()))
-    if wanted and classifier and classifier not in modules:
-        layers = {timm_path(path): layer for path, layer in iterate_layers(model)}
-        found = layers.get(classifier)
-        # A headless model has no classifier, and an adapted one is not trained in full.
-        if found is not None and not isinstance(found, LoRALayer):
-            modules.insert(0, classifier)
-    return modules
+    if not wanted:
+        return modules
+    layers = {timm_path(path): layer for path, layer in iterate_layers(model)}
+    # A headless model has no classifier, and an adapted one is not trained in full.
+    classifiers = [
+        p for p in classifier_paths(cfg) if p in layers and not isinstance(layers[p], LoRALayer)
+    ]
+    return [*(p for p in classifiers if p not in modules), *modules]
 
 
 def set_trainable(

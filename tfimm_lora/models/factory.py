@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from tfimm_lora.architectures.config import (
-    TIMM_SPELLINGS,
     base_config_values,
+    classifier_paths,
     config_to_dict,
-    field_names,
     make_config,
 )
 from tfimm_lora.architectures.pretrained import PretrainedConfig
-from tfimm_lora.models.registry import find_entry, model_config, pretrained_config
+from tfimm_lora.models.sources import resolve_source
 from tfimm_lora.models.transfer import transfer_weights
-from tfimm_lora.weights.hub import HUB_PREFIX, Checkpoint, find_checkpoint
-from tfimm_lora.weights.loading import load_safetensors
+from tfimm_lora.weights.first_values import building
+from tfimm_lora.weights.foreign import in_timm_names
+from tfimm_lora.weights.licence import warn_of_license
+from tfimm_lora.weights.loading import classes_of, load_safetensors
 from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, is_lora_weight, named_variables
 from tfimm_lora.weights.safetensors_file import read_safetensors, refuse_pickle
 
@@ -37,7 +41,8 @@ def create_model(
     """Creates a model by its timm name, optionally with weights.
 
     Args:
-        model_name: ``arch`` or ``arch.tag``, see :func:`~tfimm_lora.list_models`.
+        model_name: ``arch`` or ``arch.tag``, see :func:`~tfimm_lora.list_models`; or, as in timm,
+            ``hf-hub:org/repo`` or ``local-dir:folder``, whose ``config.json`` names the model.
         pretrained: ``True`` for the default tag's weights; a tag; ``hf-hub:org/repo`` (with
             ``@revision`` if need be); or a folder with ``config.json`` and ``model.safetensors``.
             Defaults to ``False``.
@@ -86,21 +91,10 @@ def create_with_class(
     Returns:
         A built model with its weights.
     """
-    entry, tag = find_entry(model_name)
-    model_name = f"{entry.name}.{tag}" if tag else entry.name
-    cls: Any = model_cls or entry.resolve_class()
+    source = resolve_source(model_name, False if model_path else pretrained)
+    cls: Any = model_cls or source.entry.resolve_class()
     overrides = {k: v for k, v in overrides.items() if v is not None or k not in _OPTIONAL}
-    cfg, facts, checkpoint = model_config(model_name), pretrained_config(model_name), None
-    if pretrained and not model_path:
-        checkpoint = _find_pretrained(entry.name, tag, pretrained)
-        facts = checkpoint.pretrained_cfg
-        channels, height, width = facts.input_size
-        cfg = dataclasses.replace(
-            cfg, nb_classes=facts.num_classes, in_channels=channels, input_size=(height, width)
-        )
-        cfg = _with_model_args(cfg, checkpoint.model_args)
-        source_size = cfg.input_size
-    cfg = make_config(cls.cfg_class, config_to_dict(cfg), overrides)
+    cfg, facts = make_config(cls.cfg_class, config_to_dict(source.cfg), overrides), source.facts
     if model_path:
         chosen = any(k in overrides for k in ("nb_classes", "num_classes"))
         path = Path(model_path)
@@ -111,62 +105,50 @@ def create_with_class(
             saved = keras.saving.load_model(path, compile=False)
             return _from_saved_model(cls, overrides, saved)
         return _load_file(cls, cfg, facts, path, fresh_classifier=chosen)
-    if checkpoint is None:
+    if source.path is None:
         return build_model(cls, cfg, facts)
-    model = build_model(cls, cfg, facts)
-    load_safetensors(model, checkpoint.path, source_size=source_size)
+    load = partial(
+        load_safetensors,
+        path=source.path,
+        source_size=source.cfg.input_size,
+        # A file that has not the classes its facts promise is an error, not a fresh classifier.
+        fresh_classifier=cfg.nb_classes != facts.num_classes,
+    )
+    model = build_model(cls, cfg, facts, load)
+    warn_of_license(facts)
     return model
-
-
-def _with_model_args(cfg: Any, arguments: dict[str, Any]) -> Any:
-    """Applies the arguments of a timm ``config.json``; unknown ones are errors unless off."""
-    known = {*field_names(type(cfg)), *TIMM_SPELLINGS}
-    arguments = {k: v for k, v in arguments.items() if k in known or v not in (None, False, "")}
-    return make_config(type(cfg), config_to_dict(cfg), arguments)
 
 
 _OPTIONAL = ("in_channels", "nb_classes")
 
 
-def build_model(cls: type, cfg: Any, facts: PretrainedConfig | None) -> keras.Model:
-    """Constructs and builds a model with fresh weights.
+def build_model(
+    cls: type,
+    cfg: Any,
+    facts: PretrainedConfig | None,
+    load: Callable[[keras.Model], Any] | None = None,
+) -> keras.Model:
+    """Constructs and builds a model.
 
     Args:
         cls: The model class; takes ``cfg`` as first argument.
         cfg: Its config.
         facts: What is known about its checkpoint, kept as ``model.pretrained_cfg``.
+        load: Gives the built model weights. Those that it sets by
+            :func:`~tfimm_lora.weights.first_values.assign_all` are not drawn before; the others
+            are fresh. Defaults to ``None``: all are.
     """
     model = cls(cfg)
     model.pretrained_cfg = facts
-    if hasattr(cfg, "input_size") and type(model).build is not keras.Model.build:
-        model.build((None, *cfg.input_size, cfg.in_channels))
-    else:
-        model(model.dummy_inputs)
+    builds_itself = hasattr(cfg, "input_size") and type(model).build is not keras.Model.build
+    with building(model) if builds_itself else contextlib.nullcontext():
+        if builds_itself:
+            model.build((None, *cfg.input_size, cfg.in_channels))
+        else:
+            model(model.dummy_inputs)
+        if load is not None:
+            load(model)
     return model
-
-
-def _find_pretrained(architecture: str, tag: str, wanted: bool | str) -> Checkpoint:
-    """Resolves the argument ``pretrained`` to a weights file."""
-    if wanted is True:
-        return find_checkpoint(pretrained_config(f"{architecture}.{tag}" if tag else architecture))
-    source = str(wanted)
-    if not source.startswith(HUB_PREFIX) and not Path(source).is_dir():
-        if os.sep in source:
-            raise FileNotFoundError(
-                f"pretrained={source!r}: there is no such folder. For a single file use "
-                "model_path=FILE."
-            )
-        if tag and tag != source:
-            raise ValueError(f"The name has the tag {tag!r} and pretrained={source!r} is another.")
-        return find_checkpoint(pretrained_config(f"{architecture}.{source}"))
-    checkpoint = find_checkpoint(source)
-    found = checkpoint.pretrained_cfg.architecture
-    if found != architecture:
-        raise ValueError(
-            f"{source} holds weights of {found!r}, not of {architecture!r}. Use "
-            f"create_model({found!r}, pretrained={source!r})."
-        )
-    return checkpoint
 
 
 def _load_file(
@@ -188,15 +170,17 @@ def _load_file(
         raise ValueError(f"{path.name}: weights files end in .safetensors, .weights.h5 or .keras.")
     # The head's size is that of the file, whatever the default tag of the architecture has.
     with read_safetensors(path) as file:
-        shape = file.shapes.get(f"{cfg.classifier}.weight", (0,))
-    facts = dataclasses.replace(facts, num_classes=shape[0], hf_hub_id="", file=str(path))
-    if not shape[0] and not fresh_classifier:
+        classes = classes_of(in_timm_names(file, cfg).shapes, classifier_paths(cfg))
+    facts = dataclasses.replace(facts, num_classes=classes, hf_hub_id="", file=str(path))
+    if not classes and not fresh_classifier:
         cfg = dataclasses.replace(cfg, nb_classes=0)
-    model = build_model(cls, cfg, facts)
-    load_safetensors(
-        model, path, source_size=facts.input_size[1:], fresh_classifier=fresh_classifier
+    load = partial(
+        load_safetensors,
+        path=path,
+        source_size=facts.input_size[1:],
+        fresh_classifier=fresh_classifier,
     )
-    return model
+    return build_model(cls, cfg, facts, load)
 
 
 def _from_saved_model(cls: Any, overrides: dict[str, Any], saved: Any) -> keras.Model:
@@ -210,14 +194,16 @@ def _from_saved_model(cls: Any, overrides: dict[str, Any], saved: Any) -> keras.
     facts = getattr(saved, "pretrained_cfg", None)
     if facts is not None:
         facts = dataclasses.replace(facts, num_classes=saved.cfg.nb_classes)
-    model = build_model(cls, cfg, facts)
-    adapted, wanted = (
-        any(is_lora_weight(v.leaf) for v in named_variables(m)) for m in (saved, model)
-    )
-    if adapted and not wanted:
-        raise ValueError(
-            "The file holds a LoRA model. Load it with keras.saving.load_model or "
-            "lora.create_model, then use lora.convert_to_regular_model."
+
+    def copy(model: keras.Model) -> None:
+        adapted, wanted = (
+            any(is_lora_weight(v.leaf) for v in named_variables(m)) for m in (saved, model)
         )
-    transfer_weights(saved, model, None if adapted else LORA_WEIGHT_NAMES)
-    return model
+        if adapted and not wanted:
+            raise ValueError(
+                "The file holds a LoRA model. Load it with keras.saving.load_model or "
+                "lora.create_model, then use lora.convert_to_regular_model."
+            )
+        transfer_weights(saved, model, None if adapted else LORA_WEIGHT_NAMES)
+
+    return build_model(cls, cfg, facts, copy)

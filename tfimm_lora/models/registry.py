@@ -13,9 +13,10 @@ import json
 import re
 import warnings
 from collections.abc import Callable
-from importlib import resources
+from pathlib import Path
 from typing import Any, TypeVar
 
+from tfimm_lora import architectures
 from tfimm_lora.architectures.config import nearest_names
 from tfimm_lora.architectures.pretrained import PretrainedConfig
 
@@ -37,6 +38,7 @@ class _Entry:
     module: str
     values: dict[str, Any]
     tags: dict[str, dict[str, Any]]
+    parameters: int | None = None
     model: tuple[type, Any] | None = None
 
     def resolve_class(self) -> type:
@@ -49,15 +51,20 @@ class _Entry:
 _registered: dict[str, _Entry] = {}
 
 
+def _read(table: str) -> dict[str, Any]:
+    # importlib.resources would take longer to import than the tables to read.
+    file = Path(architectures.__path__[0], "variants", f"{table}.json")
+    return json.loads(file.read_bytes())
+
+
 @functools.cache
 def _table() -> dict[str, _Entry]:
     """The package's own tables, read when they are first needed."""
-    entries = {}
-    for module in _TABLES:
-        file = resources.files("tfimm_lora.architectures") / "variants" / f"{module}.json"
-        for name, row in json.loads(file.read_text(encoding="utf-8")).items():
-            entries[name] = _Entry(name, module, row["config"], row["tags"])
-    return entries
+    return {
+        name: _Entry(name, module, row["config"], row["tags"], row["parameters"])
+        for module in _TABLES
+        for name, row in _read(module).items()
+    }
 
 
 def _entries() -> dict[str, _Entry]:
@@ -65,15 +72,17 @@ def _entries() -> dict[str, _Entry]:
 
 
 @functools.cache
-def _retired_names() -> dict[str, str]:
-    file = resources.files("tfimm_lora.architectures") / "variants" / "retired_names.json"
-    return json.loads(file.read_text(encoding="utf-8"))
+def _other_names() -> dict[str, str]:
+    """Names that are no architecture's any more, timm's and tfimm's, to current ones."""
+    return {**_read("tfimm_names"), **_read("retired_names")}
 
 
 def _current_name(model_name: str) -> str:
-    """Resolves a name that timm (and tfimm with it) has given up, as timm resolves it."""
-    current = _retired_names().get(model_name)
-    if current is None or model_name in _registered:
+    """Resolves a name that timm has given up, or that tfimm alone has, as timm resolves it."""
+    if split_name(model_name)[0] in _entries():
+        return model_name
+    current = _other_names().get(model_name)
+    if current is None:
         return model_name
     warnings.warn(f"Model {model_name!r} is called {current!r} now.", stacklevel=4)
     return current

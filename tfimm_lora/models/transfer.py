@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 
 import keras
+import numpy as np
 
+from tfimm_lora.architectures.config import classifier_paths
 from tfimm_lora.weights.adapt import adapt_weight, is_below
+from tfimm_lora.weights.first_values import assign_all
 from tfimm_lora.weights.loading import check_names
 from tfimm_lora.weights.names import named_variables, variable_value
 
@@ -42,13 +46,14 @@ def transfer_weights(
     target = {v.name: v for v in named_variables(dst_model) if wanted(v.path)}
     src_cfg, dst_cfg = getattr(src_model, "cfg", None), getattr(dst_model, "cfg", None)
     if getattr(src_cfg, "nb_classes", None) != getattr(dst_cfg, "nb_classes", None):
-        classifier = getattr(dst_cfg, "classifier", "").replace("/", ".")
+        classifier = classifier_paths(dst_cfg)
         source = {n: v for n, v in source.items() if not is_below(n, classifier)}
         target = {n: v for n, v in target.items() if not is_below(n, classifier)}
     check_names(set(target) - set(source), set(source) - set(target), f"{src_model.name!r}")
     size = getattr(src_cfg, "input_size", None)
-    for name, entry in target.items():
-        value = variable_value(source[name].variable)
-        entry.variable.assign(
-            adapt_weight(dst_model, name, value, tuple(entry.variable.shape), size)
-        )
+
+    def value_of(name: str) -> np.ndarray:
+        value, shape = variable_value(source[name].variable), target[name].variable.shape
+        return adapt_weight(dst_model, name, value, tuple(shape), size)
+
+    assign_all((entry.variable, partial(value_of, name)) for name, entry in target.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ def adapt_first_conv(kernel: np.ndarray, in_channels: int) -> np.ndarray:
     return repeated * np.asarray(source / in_channels, kernel.dtype)
 
 
-def is_below(name: str, module: str) -> bool:
-    """Whether a timm weight name belongs to a module path (never for an empty path)."""
-    return bool(module) and name.startswith(module + ".")
+def is_below(name: str, modules: str | Iterable[str]) -> bool:
+    """Whether a timm weight name belongs to a module path, or to one of several (never to "")."""
+    paths = (modules,) if isinstance(modules, str) else modules
+    return any(path and name.startswith(path + ".") for path in paths)
 
 
 def adapt_weight(

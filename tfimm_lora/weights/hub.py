@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 from tfimm_lora.architectures.pretrained import PretrainedConfig
+from tfimm_lora.weights.download import download, find_file
+from tfimm_lora.weights.hub_config import read_hub_config
 
 HUB_PREFIX = "hf-hub:"
-_STATS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license", "first_conv")
+FOLDER_PREFIX = "local-dir:"
+_PREFIXES = {"hf-hub": HUB_PREFIX, "hf_hub": HUB_PREFIX, "local-dir": FOLDER_PREFIX}
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+# OpenCLIP's names for the same kind of file.
+_WEIGHT_FILES = (_WEIGHTS, "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+_SHARDS = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "open_clip_pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,109 +38,84 @@ class Checkpoint:
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def download(repo: str, filename: str, revision: str | None) -> Path:
-    """Fetches one file through the hub's cache; environment variables rule cache and token.
+def split_source(name: str) -> tuple[str, str]:
+    """Splits timm's ``hf-hub:org/repo`` or ``local-dir:folder`` into prefix and place.
 
     Args:
-        repo: ``org/repo``.
-        filename: Path inside the repository.
-        revision: Branch, tag or commit; ``None`` is the main branch.
+        name: A model's name, or what ``pretrained=`` says.
 
     Returns:
-        The file in the cache.
+        ``"hf-hub:"``, ``"local-dir:"`` or ``""``, and the rest.
+
+    Raises:
+        ValueError: There is nothing behind the prefix.
+
+    Example:
+        >>> split_source("hf-hub:timm/test_vit.r160_in1k")
+        ('hf-hub:', 'timm/test_vit.r160_in1k')
+    """
+    kind, colon, place = name.partition(":")
+    prefix = _PREFIXES.get(kind.lower(), "") if colon else ""
+    if not prefix:
+        return "", name
+    if not place:
+        example = "org/repo" if prefix == HUB_PREFIX else "/path/of/a/folder"
+        raise ValueError(f"{name!r} names no place. Write {prefix}{example}.")
+    return prefix, place
+
+
+def find_config(source: str) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Reads the ``config.json`` of a hub repository or a folder, and no weights.
+
+    Args:
+        source: ``hf-hub:org/repo``, ``hf-hub:org/repo@revision``, ``local-dir:folder`` or a folder.
+
+    Returns:
+        The facts, and the constructor arguments in which the checkpoint's model differs from its
+        architecture, in timm's spelling.
 
     Raises:
         OSError: The file can be neither found nor downloaded; the message says what to do.
+        ValueError: The file is not what timm writes.
+
+    Example:
+        >>> facts, arguments = find_config("hf-hub:timm/test_vit.r160_in1k")
     """
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    where = f"{filename} of hub repository {repo}" + (
-        f" at revision {revision}" if revision else ""
-    )
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision))
-    except errors.GatedRepoError as error:
-        raise OSError(
-            f"{where} is gated: accept its terms on the hub, then set HF_TOKEN or run "
-            f"`hf auth login`. ({error})"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise OSError(
-            f"{where} was not found. Check the name; for a private repository set HF_TOKEN. "
-            f"({error})"
-        ) from error
-    except (errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-        # LocalEntryNotFoundError is an EntryNotFoundError: offline and not in the cache.
-        raise OSError(
-            f"{where} could not be found. Offline, it has to be in the hub's cache already; or "
-            f"download the file elsewhere and pass model_path=FILE. ({error})"
-        ) from error
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        raise OSError(
-            f"{where} could not be fetched: {error}. Without network, download the file elsewhere "
-            "and pass model_path=FILE."
-        ) from error
-
-
-def read_hub_config(path: Path, filename: str = "model.safetensors") -> PretrainedConfig:
-    """Reads the ``config.json`` that timm writes beside weights.
-
-    Args:
-        path: The ``config.json``.
-        filename: The weights file beside it.
-
-    Returns:
-        The facts about the checkpoint.
-
-    Raises:
-        ValueError: The file is no JSON or names no architecture.
-    """
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        facts: dict[str, Any] = {**config, **config.get("pretrained_cfg", {})}
-        architecture = config["architecture"]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a timm config.json with a field 'architecture': {error!r}."
-        ) from error
-    known = {k: facts[k] for k in _STATS if facts.get(k) is not None}
-    size = facts.get("input_size")
-    if size is not None:
-        known["input_size"] = tuple(size)
-    classes = config.get("num_classes", facts.get("num_classes"))
-    return PretrainedConfig(
-        architecture=architecture.split(".")[0],
-        tag=facts.get("tag") or "",
-        hf_hub_filename=filename,
-        num_classes=1000 if classes is None else classes,
-        classifier=facts.get("classifier") or "",
-        fixed_input_size=bool(facts.get("fixed_input_size", False)),
-        **known,
-    )
-
-
-def read_model_args(path: Path) -> dict[str, Any]:
-    """Reads the constructor arguments in a ``config.json`` that :func:`read_hub_config` reads."""
-    return json.loads(path.read_text(encoding="utf-8")).get("model_args") or {}
+    prefix, place = split_source(source)
+    if prefix == HUB_PREFIX:
+        repo, revision = _split_revision(place)
+        facts, arguments = read_hub_config(download(repo, _CONFIG, revision))
+        facts.hf_hub_id = repo
+        return facts, arguments
+    folder = Path(place)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder} to load pretrained weights from.")
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {_CONFIG}. A pretrained folder holds {_CONFIG} and {_WEIGHTS}, as "
+            "timm and save_pretrained write them; for a single file use model_path=FILE."
+        )
+    return read_hub_config(folder / _CONFIG)
 
 
 def find_checkpoint(source: str | PretrainedConfig) -> Checkpoint:
     """Finds the weights that ``create_model(pretrained=...)`` asks for.
 
     Downloads go through ``huggingface_hub`` and its cache: ``HF_HOME`` moves the cache,
-    ``HF_HUB_OFFLINE=1`` forbids network, ``HF_TOKEN`` opens private repositories.
+    ``HF_HUB_OFFLINE=1`` forbids network, ``HF_TOKEN`` opens private repositories, ``HF_ENDPOINT``
+    names another hub.
 
     Args:
-        source: Facts from the registry, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``, or
-            a folder with ``config.json`` and ``model.safetensors``.
+        source: Facts from the registry; ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``; a
+            folder with ``config.json`` and weights, with or without ``local-dir:`` in front.
 
     Returns:
         The file and its facts.
 
     Raises:
         OSError: The file can be neither found nor downloaded; the message says what to do.
-        ValueError: The checkpoint has no weights, or its ``config.json`` cannot be read.
+        ValueError: The checkpoint has no weights that can be read, or its ``config.json`` is not
+            what timm writes.
 
     Example:
         >>> checkpoint = find_checkpoint("hf-hub:timm/convnext_tiny.fb_in1k")
@@ -147,22 +131,81 @@ def find_checkpoint(source: str | PretrainedConfig) -> Checkpoint:
             )
         path = download(source.hf_hub_id, source.hf_hub_filename, None)
         return Checkpoint(path, source)
-    if source.startswith(HUB_PREFIX):
-        repo, _, revision = source[len(HUB_PREFIX) :].partition("@")
-        config = download(repo, "config.json", revision or None)
-        cfg = read_hub_config(config)
-        cfg.hf_hub_id = repo
-        path = download(repo, cfg.hf_hub_filename, revision or None)
-        return Checkpoint(path, cfg, read_model_args(config))
-    folder = Path(source)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder} to load pretrained weights from.")
-    for needed in ("config.json", "model.safetensors"):
-        if not (folder / needed).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {needed}. A pretrained folder holds config.json and "
-                "model.safetensors, as timm writes them; for a single file use model_path=FILE."
-            )
-    config = folder / "config.json"
-    weights = folder / "model.safetensors"
-    return Checkpoint(weights, read_hub_config(config), read_model_args(config))
+    facts, arguments = find_config(source)
+    prefix, place = split_source(source)
+    if prefix == HUB_PREFIX:
+        path = _hub_weights(place, facts.hf_hub_filename)
+    else:
+        path = _folder_weights(Path(place), facts.hf_hub_filename)
+        facts.file = str(path)
+    facts.hf_hub_filename = path.name
+    return Checkpoint(path, facts, arguments)
+
+
+def _split_revision(place: str) -> tuple[str, str | None]:
+    repo, _, revision = place.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise OSError(
+            f"{HUB_PREFIX}{place} could not be fetched: {repo!r} is no name of a repository, which "
+            "is org/repo. For a folder use local-dir:FOLDER."
+        )
+    return repo, revision or None
+
+
+def _candidates(named: str) -> tuple[str, ...]:
+    """Names that the weights can have, the likeliest first; a pickle's name stands for its twin."""
+    named = re.sub(r"\.(bin|pth|pt)$", ".safetensors", named)
+    return tuple(dict.fromkeys(filter(None, (named, *_WEIGHT_FILES))))
+
+
+def _hub_weights(place: str, named: str) -> Path:
+    repo, revision = _split_revision(place)
+    first, *others = _candidates(named)
+    try:
+        return download(repo, first, revision)
+    except FileNotFoundError as error:
+        found = find_file(repo, (*others, _SHARDS, *_PICKLES), revision)
+        if found in others:
+            return download(repo, str(found), revision)
+        raise _no_weights(f"hub repository {repo}", found, HUB_PREFIX + place) from error
+
+
+def _folder_weights(folder: Path, named: str) -> Path:
+    for name in _candidates(named):
+        if (folder / name).is_file():
+            return folder / name
+    for name in (_SHARDS, *_PICKLES):
+        if (folder / name).is_file():
+            raise _no_weights(str(folder), name, f"{FOLDER_PREFIX}{folder}")
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ValueError(
+            f"{folder} has no {_WEIGHTS} but {len(files)} other files that could be meant: "
+            f"{', '.join(f.name for f in files[:5])}. Rename the right one to {_WEIGHTS}."
+        )
+    pickles = sorted(f.name for s in ("*.bin", "*.pth", "*.pt", "*.ckpt") for f in folder.glob(s))
+    raise _no_weights(str(folder), pickles[0] if pickles else None, f"{FOLDER_PREFIX}{folder}")
+
+
+def _no_weights(where: str, found: str | None, source: str) -> Exception:
+    """The error for a place without a file that is read, and what to do about what is there."""
+    if found == _SHARDS:
+        return ValueError(
+            f"{where} has its weights in several files ({_SHARDS}), which timm does not read "
+            f"either. Merge them: read each with safetensors.numpy.load_file, and write all "
+            f"tensors to one {_WEIGHTS} with safetensors.numpy.save_file."
+        )
+    if found:
+        return ValueError(
+            f"{where} has its weights only as {found}, a pickle, which can run code when it is "
+            "opened and is not read. If you trust it, convert it where timm is installed: "
+            f"timm.models.save_for_hf(timm.create_model({source!r}, pretrained=True), 'folder', "
+            "safe_serialization=True); then pass pretrained='folder'. For a repository of yours, "
+            "push it again with safe_serialization=True."
+        )
+    return FileNotFoundError(
+        f"{where} has no {_WEIGHTS}. Beside {_CONFIG} there has to be a weights file as timm and "
+        "save_pretrained write it; for a single file use model_path=FILE."
+    )

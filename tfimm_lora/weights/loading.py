@@ -1,12 +1,18 @@
-"""Loading a safetensors checkpoint in timm's key names into a model."""
+"""Loading a safetensors checkpoint into a model: in timm's key names, or in those of others."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
+
+from tfimm_lora.architectures.config import classifier_paths
 from tfimm_lora.weights.adapt import adapt_weight, is_below
+from tfimm_lora.weights.first_values import assign_all
+from tfimm_lora.weights.foreign import described, in_timm_names, known_formats
 from tfimm_lora.weights.names import timm_variables
 from tfimm_lora.weights.safetensors_file import read_safetensors
 
@@ -17,8 +23,10 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def check_names(missing: set[str], surplus: set[str], source: str) -> None:
+def check_names(missing: set[str], surplus: set[str], source: str, hint: str = "") -> None:
     """Raises if a source lacks weights or has some that the model does not have.
+
+    ``hint`` is added to the message.
 
     Raises:
         ValueError: Names the missing and the surplus weights.
@@ -34,7 +42,16 @@ def check_names(missing: set[str], surplus: set[str], source: str) -> None:
     if norms & missing and norms & surplus:
         lines.append("The last normalisation is in another place: pass fc_norm=True or False.")
     lines.append("Check the model's name and the config fields you changed.")
-    raise ValueError(" ".join(lines))
+    raise ValueError(" ".join([*lines, hint]).strip())
+
+
+def classes_of(shapes: Mapping[str, tuple[int, ...]], classifier: Iterable[str]) -> int:
+    """Number of classes of the first classifier among a file's tensors, 0 if it has none."""
+    for path in classifier:
+        for leaf in ("weight", "bias"):
+            if f"{path}.{leaf}" in shapes:
+                return shapes[f"{path}.{leaf}"][0]
+    return 0
 
 
 def load_safetensors(
@@ -69,11 +86,11 @@ def load_safetensors(
         >>> load_safetensors(model, "model.safetensors")
     """
     cfg = getattr(model, "cfg", None)
-    classifier = getattr(cfg, "classifier", "")
+    classifier = classifier_paths(cfg)
     variables = timm_variables(model)
-    with read_safetensors(path) as file:
-        bias, kernel = f"{classifier}.bias", f"{classifier}.weight"
-        found = (file.shapes.get(kernel) or file.shapes.get(bias) or (0,))[0]
+    with read_safetensors(path) as stored_file:
+        file = in_timm_names(stored_file, cfg)
+        found = classes_of(file.shapes, classifier)
         wanted = getattr(cfg, "nb_classes", found)
         skipped: set[str] = set()
         if classifier and found != wanted:
@@ -85,8 +102,12 @@ def load_safetensors(
                 )
             skipped = {n for n in {*variables, *file.shapes} if is_below(n, classifier)}
         names = set(variables) - skipped
-        check_names(names - set(file.shapes), set(file.shapes) - names - skipped, str(file.path))
-        for name in sorted(names):
+        missing = names - set(file.shapes)
+        hint = known_formats(cfg) if file is stored_file and len(missing) * 2 > len(names) else ""
+        check_names(missing, set(file.shapes) - names - skipped, described(file), hint)
+        source_size = getattr(file, "source_size", None) or source_size
+
+        def value_of(name: str) -> np.ndarray:
             entry = variables[name]
             stored = entry.from_timm(file.read(name))
             try:
@@ -94,5 +115,7 @@ def load_safetensors(
             except ValueError as error:
                 raise ValueError(f"{file.path}: {error}") from error
             # timm fits a weight in float32 and goes back to the type of the checkpoint.
-            entry.variable.assign(value if value is stored else file.rounded(name, value))
+            return value if value is stored else file.rounded(name, value)
+
+        assign_all((variables[n].variable, partial(value_of, n)) for n in sorted(names))
     return found if classifier else None
