@@ -57,27 +57,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.0,
         metavar="FRACTION",
         help="share of the tests marked slow to run, 0 (default) to 1 (all); which ones is a "
-        "function of their names alone, so every run of the same share takes the same tests",
+        "function of their names and of --sample-seed alone",
+    )
+    parser.addoption(
+        "--sample-seed",
+        default="",
+        metavar="TEXT",
+        help="another text takes another sample of the slow tests; CI takes the commit's hash",
     )
 
 
-def in_sample(nodeid: str, fraction: float) -> bool:
+def pytest_report_header(config: pytest.Config) -> str:
+    fraction, seed = (config.getoption(f"--sample-{name}") for name in ("slow", "seed"))
+    return f"slow tests: --sample-slow {fraction} --sample-seed {seed!r}"
+
+
+def in_sample(nodeid: str, fraction: float, seed: str = "") -> bool:
     """Whether a slow test belongs to the sample: by a hash of its name, not by date or order."""
-    return zlib.crc32(nodeid.encode()) / 2**32 < fraction
+    return zlib.crc32((seed + nodeid).encode()) / 2**32 < fraction
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if ORACLE_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.oracle)
-    fraction = config.getoption("--sample-slow")
+    fraction, seed = config.getoption("--sample-slow"), config.getoption("--sample-seed")
     # A test that is named on the command line is meant.
     if any("::" in argument for argument in config.args):
         return
     left_out = [
         item
         for item in items
-        if item.get_closest_marker("slow") and not in_sample(item.nodeid, fraction)
+        if item.get_closest_marker("slow") and not in_sample(item.nodeid, fraction, seed)
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

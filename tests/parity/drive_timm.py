@@ -76,10 +76,18 @@ def hub_folder(out: str, arch: str, overrides: dict[str, Any] | None = None) -> 
     return meta
 
 
-def load(out: str, arch: str, weights: str, inputs: str) -> dict[str, Any]:
+def load(
+    out: str,
+    arch: str,
+    weights: str,
+    inputs: str,
+    overrides: dict[str, Any] | None = None,
+    img_size: Any = None,
+) -> dict[str, Any]:
     """Loads a file strictly into a model and writes its logits."""
     state = oracle.load_file(weights)
-    model = oracle.timm.create_model(arch).eval()
+    size = {"img_size": tuple(img_size)} if img_size and "convnext" not in arch else {}
+    model = oracle.timm.create_model(arch, **size, **(overrides or {})).eval()
     model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
     images = torch.from_numpy(oracle.np.load(inputs)).permute(0, 3, 1, 2)
     with torch.no_grad():

@@ -125,7 +125,7 @@ def test_left_out_arguments_have_timms_defaults(timm: dict[str, Any]) -> None:
         assert compared >= 15
         assert (
             defaults["norm_layer"] is None
-            and defaults["norm_eps" if "ConvNeXt" == theirs else "act_layer"] is None
+            and defaults["norm_eps" if theirs == "ConvNeXt" else "act_layer"] is None
         )
 
 
