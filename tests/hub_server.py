@@ -56,6 +56,7 @@ class Hub:
         ranges: The ``Range`` headers of the requests that had one.
         faults: What goes wrong next.
         headers: Added to what is said about large files.
+        storage: Address of the storage service Xet that tokens are given out for, ``""``: none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,6 +65,7 @@ class Hub:
         self.ranges: list[str] = []
         self.faults: list[Fault] = []
         self.headers: dict[str, str] = {}
+        self.storage = ""
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         port = self.server.server_address[1]
@@ -77,6 +79,7 @@ class Hub:
         self.ranges.clear()
         self.faults.clear()
         self.headers.clear()
+        self.storage = ""
 
     def downloads(self, name: str) -> int:
         """How often a file's content was asked for."""
@@ -124,8 +127,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = (hub.folder / f"{repo}@{revision}" / name).read_bytes()
             return self.send_content(content, fault) if body else self.fail(404)
         match = re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
+        if "/xet-read-token/" in self.path and hub.storage:
+            return self.send_storage_token()
         if not match:
-            return self.fail(404, "RepoNotFound", "no such endpoint")
+            return self.fail(404)
         repo, revision, name = match.groups()
         revision = {c: r for r, c in COMMITS.items()}.get(revision, revision)
         if sent == f"Bearer {EXPIRED_TOKEN}":
@@ -160,6 +165,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(content)
+
+    def send_storage_token(self) -> None:
+        self.send_response(200)
+        self.send_header("X-Xet-Cas-Url", self.hub.storage)
+        self.send_header("X-Xet-Access-Token", "token")
+        self.send_header("X-Xet-Token-Expiration", str(int(time.time()) + 3600))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def send_content(self, content: bytes, fault: Fault) -> None:
         start = 0

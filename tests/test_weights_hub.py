@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,77 +11,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import images, numpy, run_python, tiny_lora_model, tiny_model
+from tests.hub_server import COMMITS, TOKEN, Hub
 from tfimm_lora import lora, models
-
-COMMITS = {"main": "a" * 40, "v2": "b" * 40}
-TOKEN = "hf_of_the_tests"
-
-
-class Hub:
-    """Serves ``folder/repo@revision/file`` as the hub's resolve endpoint does.
-
-    Attributes:
-        requests: Method, path and whether a token was sent, of every request.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.requests: list[tuple[str, str, bool]] = []
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args: Any) -> None:
-                pass
-
-            def do_HEAD(self) -> None:
-                self.answer(body=False)
-
-            def do_GET(self) -> None:
-                self.answer(body=True)
-
-            def fail(self, status: int, code: str, message: str) -> None:
-                self.send_response(status)
-                self.send_header("X-Error-Code", code)
-                self.send_header("X-Error-Message", message)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def answer(self, body: bool) -> None:
-                authorised = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-                hub.requests.append((self.command, self.path, authorised))
-                match = re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
-                if not match:
-                    return self.fail(404, "RepoNotFound", "no such endpoint")
-                repo, revision, name = match.groups()
-                revision = {c: r for r, c in COMMITS.items()}.get(revision, revision)
-                if not (hub.folder / f"{repo}@main").is_dir():
-                    return self.fail(401, "RepoNotFound", "Repository not found")
-                if "private" in repo and not authorised:
-                    return self.fail(401, "RepoNotFound", "Repository not found")
-                if "gated" in repo and not authorised:
-                    return self.fail(403, "GatedRepo", "Access to model is restricted")
-                folder = hub.folder / f"{repo}@{revision}"
-                if not folder.is_dir():
-                    return self.fail(404, "RevisionNotFound", "Invalid rev id")
-                if not (folder / name).is_file():
-                    return self.fail(404, "EntryNotFound", "Entry not found")
-                content = (folder / name).read_bytes()
-                self.send_response(200)
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("X-Repo-Commit", COMMITS[revision])
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if body:
-                    self.wfile.write(content)
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def downloads(self, name: str) -> int:
-        """How often a file's content was fetched."""
-        return sum(m == "GET" and path.endswith("/" + name) for m, path, _ in self.requests)
-
 
 NAME, FIELDS = (
     "vit_tiny_patch16_224",
@@ -92,9 +20,18 @@ NAME, FIELDS = (
 )
 
 
-def _put(folder: Path, model: Any) -> None:
+# Repositories whose weights have another name than timm's, and that name.
+OTHER_NAMES = {
+    "open_clip": "open_clip_model.safetensors",
+    "shards": "model.safetensors.index.json",
+    "pickle": "pytorch_model.bin",
+    "without": "README.md",
+}
+
+
+def _put(folder: Path, model: Any, name: str = "model.safetensors") -> None:
     folder.mkdir(parents=True)
-    models.save_safetensors(model, folder / "model.safetensors")
+    models.save_safetensors(model, folder / "model.safetensors").rename(folder / name)
     config = {
         "architecture": NAME,
         "num_classes": model.cfg.nb_classes,
@@ -112,6 +49,8 @@ def hub(tmp_path_factory):
         _put(folder / f"{repo}@main", first)
     _put(folder / "org/open@v2", second)
     (folder / "org/empty@main").mkdir()
+    for repo, name in OTHER_NAMES.items():
+        _put(folder / f"org/{repo}@main", first, name)
     adapter = lora.convert_to_lora_model(first, lora_rank=2)
     source = tiny_lora_model(seed=5, lora_rank=2, lora_train_classifier=False)
     models.transfer_weights(first, source, lora.LORA_WEIGHT_NAMES)
@@ -149,7 +88,8 @@ for case in cases:
             base = tfimm_lora.create_model("vit_tiny_patch16_224", pretrained="hf-hub:org/open", **FIELDS)
             model = lora.load_adapter(base, case["adapter"])
         else:
-            model = tfimm_lora.create_model("vit_tiny_patch16_224", pretrained=case["pretrained"], **FIELDS)
+            name = case.get("name", "vit_tiny_patch16_224")
+            model = tfimm_lora.create_model(name, pretrained=case["pretrained"], **FIELDS)
         out = keras.ops.convert_to_numpy(model(x))
         answers.append([n for n in ("first", "second", "adapted")
                         if np.abs(out - np.load(folder / f"{n}.npy")).max() < 1e-5])
@@ -211,24 +151,38 @@ def test_what_cannot_be_had_says_why_and_what_to_do(hub: Hub, tmp_path):
     offline = {"pretrained": "hf-hub:org/open", "offline": True}
     *answers, without_cache = ask(hub, tmp_path, *({"pretrained": p} for p in cases), offline)
     assert re.match(
-        r"OSError: config.json of hub repository org/open could not be found. Offline, it has to "
-        r"be in the hub's cache already; or download .* pass model_path=FILE",
+        r"OSError: config.json of hub repository org/open could not be found. HF_HUB_OFFLINE is "
+        r"set, and offline it has to be in the hub's cache already \(.*\); unset the variable, or "
+        r"download .* pass model_path=FILE",
         without_cache,
     )
-    for (pretrained, message), answer in zip(cases.items(), answers, strict=True):
-        assert re.match(f"OSError: .*{message}", answer, re.DOTALL), (pretrained, answer)
+    for message, answer in zip(cases.values(), answers, strict=True):
+        assert re.match(f"(OS|FileNotFound)Error: .*{message}", answer, re.DOTALL), answer
 
 
-@pytest.mark.slow  # huggingface_hub tries for 23 seconds
-def test_a_server_that_does_not_answer(tmp_path):
-    code = """
-from tfimm_lora.weights.hub import download
-try:
-    download("org/open", "config.json", None)
-except OSError as error:
-    print(error)
-"""
-    process = run_python(
-        code, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path)
+def test_weights_under_other_names_and_names_of_models(hub: Hub, tmp_path):
+    cases = {
+        "org/open_clip": ["first"],
+        "org/shards": r"ValueError: hub repository org/shards has its weights in several files "
+        r"\(model.safetensors.index.json\).*write all tensors to one model.safetensors",
+        "org/pickle": r"ValueError: hub repository org/pickle has its weights only as "
+        r"pytorch_model.bin, a pickle.*timm.create_model\('hf-hub:org/pickle'",
+        "org/without": r"FileNotFoundError: hub repository org/without has no model.safetensors",
+    }
+    as_name = {"name": "hf-hub:org/open@v2", "pretrained": True}
+    *answers, named, contradiction, headers = ask(
+        hub,
+        tmp_path,
+        *({"pretrained": f"hf-hub:{repo}"} for repo in cases),
+        as_name,
+        {**as_name, "pretrained": "hf-hub:org/open"},
+        {"name": "hf-hub:org/without", "pretrained": False},
     )
-    assert re.match(r"config.json of hub repository org/open .*model_path=FILE", process.stdout)
+    for expected, answer in zip(cases.values(), answers, strict=True):
+        if isinstance(expected, str):
+            assert re.match(expected, answer, re.DOTALL), answer
+        else:
+            assert answer == expected
+    assert named == ["second"]
+    assert contradiction.startswith("ValueError: 'hf-hub:org/open@v2' names its weights already")
+    assert headers == []  # a model with fresh weights, from config.json alone

@@ -356,6 +356,9 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config.json. A pretrained folder holds"):
         tfimm_lora.create_model(name, pretrained=str(folder), **fields)
     (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"not a timm config.json: it cannot be read as JSON"):
+        tfimm_lora.create_model(name, pretrained=str(folder), **fields)
+    (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"not a timm config.json with a field 'architecture'"):
         tfimm_lora.create_model(name, pretrained=str(folder), **fields)
     (folder / "config.json").write_text('{"architecture": "convnext_tiny"}')

@@ -53,6 +53,15 @@ def foreign_oracle(shared_dir: Path, oracle_python: str, oracle_cache: Path) -> 
 
 
 @pytest.fixture(scope="session")
+def transformers_oracle(oracle_python: str, oracle_cache: Path) -> Iterator[Oracle]:
+    """Vision models of the library transformers; without timm, whose oracle hides torchvision."""
+    script = HERE / "drive_transformers.py"
+    oracle = Oracle("transformers", oracle_python, script, [], oracle_cache)
+    yield oracle
+    oracle.close()
+
+
+@pytest.fixture(scope="session")
 def peft_oracle(shared_dir: Path, oracle_python: str, oracle_cache: Path) -> Iterator[Oracle]:
     """PEFT on timm models."""
     source = shared_dir / "oracle" / "peft_oracle.py"

@@ -45,7 +45,7 @@ FEW = {"depths": [1, 1, 2, 1]}
 SWIGLU = {"depth": 2, "embed_dim": 96, "num_heads": 3}
 CASES = [
     Case("openai_clip", "vit_xsmall_patch16_clip_224", TWO),
-    Case("openai_clip", "vit_base_patch32_clip_quickgelu_224", {**TWO, "embed_dim": 128}, (64, 64)),
+    Case("openai_clip", "vit_base_patch32_clip_quickgelu_224", {**TWO, "embed_dim": 96}, (64, 64)),
     Case("openai_clip", "vit_xsmall_patch16_clip_224", TWO, (48, 48), (64, 80)),
     Case("openai_clip", "vit_xsmall_patch16_clip_224", TWO, dtype="float16"),
     Case("open_clip_trunk", "vit_medium_patch16_clip_224", TWO),

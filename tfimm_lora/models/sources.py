@@ -115,6 +115,8 @@ def _from_checkpoint(checkpoint: Checkpoint, path: Path | None, name: str = "") 
     facts = checkpoint.pretrained_cfg
     entry, _ = find_entry(name or facts.architecture)
     facts.architecture = entry.name  # a config.json can have a name that timm has given up
+    # timm leaves the licence out of config.json; what was made of its weights keeps their tag.
+    facts.license = facts.license or entry.tags.get(facts.tag, {}).get("license") or ""
     channels, height, width = facts.input_size
     cfg = dataclasses.replace(
         model_config(name or entry.name),
@@ -145,7 +147,7 @@ def _with_model_args(cfg: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _plain_norm(name: Any) -> Any:
-    """timm's ``layernorm2d`` differs from ``layernorm`` in the order of axes only."""
+    """Makes timm's ``layernorm2d`` a ``layernorm``: only their orders of axes differ."""
     return re.sub(r"2d$", "", name) if isinstance(name, str) else name
 
 

@@ -6,12 +6,14 @@ from tfimm_lora._lazy import lazy_names
 
 if TYPE_CHECKING:
     from tfimm_lora.weights.hub import Checkpoint, find_checkpoint
+    from tfimm_lora.weights.licence import LicenseWarning
     from tfimm_lora.weights.loading import load_safetensors
     from tfimm_lora.weights.names import iterate_layers, timm_variables
     from tfimm_lora.weights.safetensors_file import read_safetensors, save_safetensors
 
 __all__ = [
     "Checkpoint",
+    "LicenseWarning",
     "find_checkpoint",
     "iterate_layers",
     "load_safetensors",
@@ -24,6 +26,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Checkpoint": "tfimm_lora.weights.hub",
+        "LicenseWarning": "tfimm_lora.weights.licence",
         "find_checkpoint": "tfimm_lora.weights.hub",
         "iterate_layers": "tfimm_lora.weights.names",
         "load_safetensors": "tfimm_lora.weights.loading",

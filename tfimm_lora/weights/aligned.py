@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Any
 
 import numpy as np
 
 _ALIGNMENT = 64
+_LARGE = 1 << 20
+_POSIX = hasattr(mmap, "MAP_ANONYMOUS")
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any = "float32") -> np.ndarray:
@@ -22,7 +25,14 @@ def empty_aligned(shape: tuple[int, ...], dtype: Any = "float32") -> np.ndarray:
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    raw: np.ndarray
+    if size >= _LARGE:
+        # Pages of its own, which go back to the system when the array is gone: on the heap, weights
+        # that stay and buffers that go in turn would leave holes.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if _POSIX else {}
+        raw = np.frombuffer(mmap.mmap(-1, size, **private), np.uint8)
+    else:
+        raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 

@@ -6,10 +6,12 @@ import errno
 import hashlib
 import os
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 _CHECKED = ".tfimm_lora_checked"
 """Folder beside a repository's ``blobs`` in the hub's cache; one small file per checked blob."""
 
@@ -90,36 +92,53 @@ def _offline() -> bool:
 def _fetch(repo: str, filename: str, revision: str | None, **options: Any) -> Path:
     """Calls the hub's client and says what its errors mean."""
     import huggingface_hub
-    from huggingface_hub import errors
 
-    where = _where(repo, filename, revision)
-    elsewhere = "or download the file elsewhere and pass model_path=FILE"
     try:
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision, **options))
-    except errors.GatedRepoError as error:
-        raise OSError(
-            f"{where} is gated: accept its terms on the hub, then set HF_TOKEN or run "
-            f"`hf auth login`. ({error})"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise OSError(
-            f"{where} was not found. Check the name; for a private repository set HF_TOKEN. "
-            f"({error})"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise OSError(
-            f"{where} could not be found: there is no such branch, tag or commit. ({error})"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise OSError(f"{where} could not be found. {_no_answer(error)}, {elsewhere}.") from error
-    except errors.EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{where} could not be found: the repository has no such file. ({error})"
-        ) from error
     except Exception as error:
         # The client's libraries have errors of their own (httpx, requests, hf_xet); whatever it
         # was, the file could not be had.
-        raise OSError(f"{where} could not be fetched. {_reason(error)}, {elsewhere}.") from error
+        raise _explained(error, _where(repo, filename, revision)) from error
+
+
+def _explained(error: Exception, where: str) -> OSError:
+    """The error to raise for one of the hub's client's."""
+    from huggingface_hub import errors
+
+    elsewhere = "or download the file elsewhere and pass model_path=FILE"
+    if _is_of_storage(error):
+        return OSError(f"{where} could not be fetched. {_reason(error)}, {elsewhere}.")
+    if isinstance(error, errors.GatedRepoError):
+        return OSError(
+            f"{where} is gated: accept its terms on the hub, then set HF_TOKEN or run "
+            f"`hf auth login`. ({error})"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return OSError(
+            f"{where} was not found. Check the name; for a private repository set HF_TOKEN. "
+            f"({error})"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return OSError(
+            f"{where} could not be found: there is no such branch, tag or commit. ({error})"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return OSError(f"{where} could not be found. {_no_answer(error)}, {elsewhere}.")
+    if isinstance(error, errors.EntryNotFoundError):
+        return FileNotFoundError(
+            f"{where} could not be found: the repository has no such file. ({error})"
+        )
+    return OSError(f"{where} could not be fetched. {_reason(error)}, {elsewhere}.")
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether an error comes from Xet, the service that large files are stored in.
+
+    Its messages do not name it, and what the hub answers when the client asks for a token to it
+    is not about the repository. So the functions that were left by the error are looked at.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    return any("xet" in frame.f_code.co_name for frame, _ in frames)
 
 
 def _status(error: BaseException | None) -> int:
@@ -170,22 +189,23 @@ def _reason(error: BaseException) -> str:
 
     status = _status(error)
     number = getattr(error, "errno", None)
-    if status:
-        return _answered(status, error)
-    if number in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+    # Xet's errors have no number.
+    if number in _FULL or "no space left" in str(error).lower():
         return (
             f"The disk of the hub's cache is full ({error}); nothing unfinished is used. Make "
             f"room in {constants.HF_HUB_CACHE}, or move the cache with HF_HOME"
         )
+    if _is_of_storage(error):
+        return (
+            f"The hub's storage service failed ({type(error).__name__}: {error}); set "
+            "HF_HUB_DISABLE_XET=1 to download without it"
+        )
+    if status:
+        return _answered(status, error)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
             f"The hub's cache cannot be written ({error}); move the cache to a folder of yours "
             "with HF_HOME"
-        )
-    if "xet" in f"{type(error).__module__} {error}".lower():
-        return (
-            f"The hub's storage service failed ({type(error).__name__}: {error}); set "
-            "HF_HUB_DISABLE_XET=1 to download without it"
         )
     return f"{type(error).__name__}: {error}. Nothing unfinished is used; try again"
 

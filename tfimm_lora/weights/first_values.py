@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -37,12 +37,14 @@ class _Building:
         self._scope = scope
         return True
 
-    def settle(self, readers: dict[int, Reader] | None = None, failed: bool = False) -> None:
+    def settle(self, readers: Sequence[tuple[Any, Reader]] = (), failed: bool = False) -> None:
         """Ends the deferral: variables take what is read, or else what their layer declares."""
         if self._scope is None:
             return
         scope, self._scope = self._scope, None
-        variables = list(self.model.variables)
+        read = {id(v): reader for v, reader in readers}
+        # Readers can be for a model that is made while this one is built, and not yet a part of it.
+        variables = {id(v): v for v in (*self.model.variables, *(v for v, _ in readers))}.values()
         # A build that assigns values may depend on how the initialisers have drawn others.
         assigned = [(v, scope.get_current_value(v)) for v in variables]
         assigned = [(v, value) for v, value in assigned if value is not None]
@@ -51,13 +53,17 @@ class _Building:
                 continue
             if failed:
                 _replace(v, _zeros)
-            elif readers and id(v) in readers:
-                _replace(v, _from(readers[id(v)]))
+            elif id(v) in read:
+                _replace(v, _from(read[id(v)]))
             elif not assigned:
                 _replace(v, _drawn(v._initializer))
-        scope.__exit__(None, None, None)
+        try:
+            scope.__exit__(None, None, None)
+        except BaseException:
+            _abandon()
+            raise
         for v, value in assigned:
-            if not (readers and id(v) in readers):
+            if id(v) not in read:
                 v.assign(value)
 
 
@@ -78,6 +84,22 @@ def _replace(variable: Any, initializer: Callable[..., Any]) -> None:
 
 def _zeros(shape: Any, dtype: Any = None) -> np.ndarray:
     return np.zeros(tuple(shape), dtype)
+
+
+def _abandon() -> None:
+    """Gives zeros to the variables that still wait, after an interrupt while others got theirs.
+
+    Keras keeps its list of them until all are initialised, and every later model would fail on
+    those that are.
+    """
+    from keras.src.backend.common import global_state
+
+    waiting = global_state.get_global_attribute("uninitialized_variables") or []
+    global_state.set_global_attribute("uninitialized_variables", [])
+    for v in waiting:
+        if v._value is None:
+            _replace(v, _zeros)
+            v._deferred_initialize()
 
 
 def _from(read: Reader) -> Callable[..., np.ndarray]:
@@ -131,7 +153,8 @@ def assign_all(readers: Iterable[tuple[Any, Reader]]) -> None:
 
     Args:
         readers: Variables, each with a function that returns its value. It is called when it is the
-            variable's turn, so that one value is in memory at a time.
+            variable's turn, so that one value is in memory at a time; the array is not used by
+            anybody else afterwards.
 
     Raises:
         Exception: What the first failing reader has raised.
@@ -164,7 +187,7 @@ def assign_all(readers: Iterable[tuple[Any, Reader]]) -> None:
 
         waiting = [(v, read) for v, read in readers if _is_pending(v)]
         readers = [(v, read) for v, read in readers if not _is_pending(v)]
-        now.settle({id(v): guarded(v, read) for v, read in waiting})
+        now.settle([(v, guarded(v, read)) for v, read in waiting])
         if errors:
             raise errors[0]
     for variable, read in readers:

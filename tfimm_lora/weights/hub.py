@@ -124,6 +124,13 @@ def find_checkpoint(source: str | PretrainedConfig) -> Checkpoint:
         name = ".".join(filter(None, (source.architecture, source.tag)))
         if source.file:
             return Checkpoint(Path(source.file), source)
+        if source.url and not source.hf_hub_id:
+            raise ValueError(
+                f"The weights of {name!r} are not on the hub. Their authors have them as a pickle, "
+                f"which can run code when it is opened and is not read: {source.url}. If you trust "
+                "it, convert it where torch is, see the documentation's page Bring your timm "
+                "checkpoint, and pass model_path='FILE.safetensors'."
+            )
         if not source.has_weights or not source.hf_hub_id:
             raise ValueError(
                 f"There are no pretrained weights for {name!r}. See "

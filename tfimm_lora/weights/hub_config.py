@@ -30,20 +30,18 @@ def read_hub_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
         from its architecture.
 
     Raises:
-        ValueError: The file is no JSON, or names no architecture.
+        ValueError: The file is no JSON, names no architecture, or has a field of another form.
     """
     config = _read(path)
-    # In a file without pretrained_cfg, everything is a fact.
-    facts = {**config, **(config.get("pretrained_cfg") or {})}
-    for key in ("num_classes", "label_names", "label_descriptions"):
-        if config.get(key) is not None:
-            facts[key] = config[key]
-    if "label_names" not in facts and facts.get("labels"):
-        facts["label_names"] = facts["labels"]
-    arguments = dict(config.get("model_args") or {})
     known = {f.name for f in dataclasses.fields(PretrainedConfig)} - _NOT_READ
-    values = {k: _tuple(v) for k, v in facts.items() if k in known and v is not None}
     try:
+        # In a file without pretrained_cfg, everything is a fact.
+        facts = dict(config if config.get("pretrained_cfg") is None else config["pretrained_cfg"])
+        if config.get("num_classes") is not None:
+            facts["num_classes"] = config["num_classes"]
+        arguments = dict(config.get("model_args") or {})
+        values = {k: _tuple(v) for k, v in facts.items() if k in known and v is not None}
+        _check(values)
         _add_arguments(values, arguments)
         cfg = PretrainedConfig(
             architecture=config["architecture"].split(".")[0],
@@ -72,11 +70,23 @@ def _read(path: Path) -> dict[str, Any]:
     if isinstance(config, dict) and (config.get("architectures") or config.get("model_type")):
         kind = (config.get("architectures") or [config.get("model_type")])[0]
         found = (
-            f" It describes a {kind} of the library transformers, whose weights have other names. "
-            "timm has most of these models too: see "
-            "tfimm_lora.list_models(pretrained=True, include_tags=True)."
+            f" It describes a {kind} of the library transformers. If timm has the same "
+            "architecture (tfimm_lora.list_models()), pass its name and "
+            "model_path='.../model.safetensors'."
         )
     raise ValueError(f"{path} is not a timm config.json with a field 'architecture'.{found}")
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raises if numbers that a model or its images depend on are none."""
+    for key, value in values.items():
+        if key.endswith("input_size") and key != "fixed_input_size":
+            if len(value) != 3 or not all(isinstance(n, int) and n > 0 for n in value):
+                raise ValueError(f"{key}={value!r} is not [channels, height, width]")
+        elif key == "num_classes" and not (isinstance(value, int) and value >= 0):
+            raise ValueError(f"{key}={value!r} is no number of classes")
+        elif key in ("mean", "std") and not all(isinstance(n, (int, float)) for n in value):
+            raise ValueError(f"{key}={value!r} is not one number per channel")
 
 
 def _add_arguments(values: dict[str, Any], arguments: dict[str, Any]) -> None:

@@ -14,11 +14,11 @@ class LicenseWarning(UserWarning):
     """Weights that were loaded are under a licence that restricts their use.
 
     Shown once per checkpoint in a process. Once the terms are known to you, it is silenced as any
-    warning: ``warnings.simplefilter("ignore", LicenseWarning)``.
+    warning.
 
     Example:
         >>> import warnings
-        >>> warnings.simplefilter("ignore", LicenseWarning)
+        >>> warnings.simplefilter("ignore", tfimm_lora.weights.LicenseWarning)
     """
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes  # registers bfloat16 with NumPy
 import numpy as np
@@ -64,7 +65,7 @@ class SafetensorsFile:
         metadata: The file's free-form strings.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self.path = path
         self._file = file
         size = int.from_bytes(file.read(8), "little")
@@ -84,13 +85,13 @@ class SafetensorsFile:
         dtype = _DTYPES.get(facts["dtype"])
         if dtype is None:
             raise ValueError(
-                f"{self.path}: tensor {name!r} cannot be read: its type {facts['dtype']} is none of "
-                f"{', '.join(sorted(_DTYPES))}."
+                f"{self.path}: tensor {name!r} cannot be read: its type {facts['dtype']} is none "
+                f"of {', '.join(sorted(_DTYPES))}."
             )
         value = empty_aligned(self.shapes[name], dtype)
         try:
             self._file.seek(self._start + facts["data_offsets"][0])
-            if self._file.readinto(value.reshape(-1).view(np.uint8)) != value.nbytes:
+            if self._file.readinto(value.reshape(-1).view(np.uint8).data) != value.nbytes:
                 raise OSError("the file ends before it")
         except OSError as error:
             raise ValueError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error

@@ -62,7 +62,8 @@ def in_timm_names(file: TensorFile, cfg: Any) -> TensorFile:
         unknown.
 
     Raises:
-        ValueError: The file is of a known format but lacks a part of a weight.
+        ValueError: The file is of a known format but lacks a part of a weight, or has it in
+            another shape.
 
     Example:
         >>> with read_safetensors("dinov2.safetensors") as file:
@@ -85,6 +86,10 @@ def in_timm_names(file: TensorFile, cfg: Any) -> TensorFile:
         found.translate(to, cfg)
     except ValueError as error:
         raise ValueError(f"{file.path} looks like {found.title}, but {error}.") from error
+    except IndexError as error:
+        raise ValueError(
+            f"{file.path} looks like {found.title}, but a tensor has fewer axes than there."
+        ) from error
     return TranslatedFile(bare_file, to, found.title)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,8 @@ def _translate_siglip(to: Translation, cfg: Any) -> None:
     names = _names(to)
     if cfg.global_pool != "map":  # without attention pooling its weights are left out, as in timm
         names = {n: s for n, s in names.items() if not n.startswith("attn_pool.")}
+        # SiglipForImageClassification averages the tokens, as these models do.
+        names = {re.sub(r"^classifier\.", "head.", n): s for n, s in names.items()}
     for leaf in ("weight", "bias"):
         source = names.pop(f"attn_pool.in_proj.{leaf}", None)
         if source is not None:

@@ -140,14 +140,21 @@ class TranslatedFile:
         """Reads the tensors of one weight and makes the weight of them.
 
         Raises:
-            ValueError: The tensors' bytes cannot be read.
+            ValueError: The tensors cannot be read, or not be put together.
         """
         recipe = self._recipes[name]
         values = [self._file.read(source) for source in recipe.sources]
         if recipe.convert is None:
             return values[0]
+        try:
+            value = recipe.convert(*values)
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"{self.path}, read as {self.origin}: {name!r} cannot be made of "
+                f"{', '.join(recipe.sources)}: {error}."
+            ) from error
         # A sum or a resize has the type of the checkpoint, as in timm.
-        return self.rounded(name, recipe.convert(*values))
+        return self.rounded(name, value)
 
     def rounded(self, name: str, value: np.ndarray) -> np.ndarray:
         """Rounds a float32 value to the precision that a weight has in the file."""
@@ -200,7 +207,7 @@ def fuse_qkv(to: Translation, names: dict[str, str]) -> dict[str, str]:
             others[name] = source
             continue
         block, _, leaf = match.groups()
-        # A part that is missing is named as it would be called in the file.
+        # A part that is missing keeps this name, for the message.
         parts = [names.get(f"{block}.{p}.{leaf}", f"{block}.{p}.{leaf}") for p in "qkv"]
         to.concatenate(f"{block}.qkv.{leaf}", parts)
     return others
