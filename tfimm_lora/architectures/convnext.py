@@ -7,6 +7,7 @@ and numerics follow timm's ``convnext.py``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ from keras import ops
 
 from tfimm_lora.architectures.base import ImageModel
 from tfimm_lora.architectures.config import ModelConfig
+from tfimm_lora.architectures.features import take_indices
 from tfimm_lora.architectures.serialization import keras_serializable
 from tfimm_lora.layers import Dropout, DropPath, Mlp, create_norm, get_activation
 from tfimm_lora.layers.pooling import POOLINGS, pool
@@ -331,6 +333,11 @@ class ConvNeXt(ImageModel):
             names += [f"stage_{j}/block_{i}" for i in range(len(stage.blocks))]
         return [*names, "conv_features", "features", "logits"]
 
+    def _run_stem(self, x: Any) -> Any:
+        for (kind, _, kernel, _), layer in zip(self._stem_spec, self.stem, strict=True):
+            x = layer(_pad(x, kernel) if kind == "conv" and kernel else x)
+        return x
+
     def forward_features(
         self, x: Any, training: bool | None = None, return_features: bool = False
     ) -> Any:
@@ -340,8 +347,7 @@ class ConvNeXt(ImageModel):
             Feature maps, (batch, height / 32, width / 32, ``dims[-1]``), and with
             ``return_features`` the dictionary of all maps.
         """
-        for (kind, _, kernel, _), layer in zip(self._stem_spec, self.stem, strict=True):
-            x = layer(_pad(x, kernel) if kind == "conv" and kernel else x)
+        x = self._run_stem(x)
         features = {"stem": x}
         for j, stage in enumerate(self.stages):
             x, maps = stage(x, training=training, return_features=True)
@@ -350,6 +356,43 @@ class ConvNeXt(ImageModel):
             x = self.norm_pre(x)
         features["conv_features"] = x
         return (x, features) if return_features else x
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Facts about the output of each stage; see the base class."""
+        first = self.cfg.patch_size if self.cfg.stem_type == "patch" else 4
+        first = 4 if first == 2 else first  # the first stage then downsamples
+        return [
+            {"num_chs": dim, "reduction": first * 2**i, "module": f"stages.{i}", "index": i}
+            for i, dim in enumerate(self.cfg.dims)
+        ]
+
+    def forward_intermediates(
+        self,
+        x: Any,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
+        training: bool | None = None,
+    ) -> Any:
+        """Outputs of stages; see :meth:`ImageModel.forward_intermediates`."""
+        taken = take_indices(len(self.stages), indices)
+        x, maps = self._run_stem(x), []
+        for i, stage in enumerate(self.stages[: taken[-1] + 1] if stop_early else self.stages):
+            y = x = stage(x, training=training)
+            # The normalisation has the channels of the last stage.
+            if self.norm_pre is not None and i == len(self.stages) - 1:
+                x = self.norm_pre(x)
+            if i in taken:
+                maps.append(x if norm else y)
+        return maps if intermediates_only else (x, maps)
+
+    def layers_behind(self, index: int, norm: bool = False) -> list[keras.layers.Layer]:
+        """Later stages, the last normalisation if it is not used, head; see the base class."""
+        used = self.norm_pre is None or (norm and index == len(self.stages) - 1)
+        return [*self.stages[index + 1 :], *([] if used else [self.norm_pre]), self.head]
 
     def forward_head(self, x: Any, training: bool | None = None, pre_logits: bool = False) -> Any:
         """Pools and classifies feature maps; see :meth:`ImageModel.forward_head`."""

@@ -7,6 +7,7 @@ follow timm's ``vision_transformer.py`` and ``deit.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from tfimm_lora.architectures.base import ImageModel
+from tfimm_lora.architectures.features import take_indices
 from tfimm_lora.architectures.serialization import keras_serializable
 from tfimm_lora.architectures.vit_blocks import BLOCKS
 from tfimm_lora.architectures.vit_config import ViTConfig
@@ -186,6 +188,61 @@ class ViT(ImageModel):
             x = self.norm(x)
         features["features_all"] = x
         return (x, features) if return_features else x
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Facts about the patch tokens behind each block; see the base class."""
+        width, stride = self.cfg.embed_dim, self.cfg.patch_size
+        return [
+            {"num_chs": width, "reduction": stride, "module": f"blocks.{i}", "index": i}
+            for i in range(self.cfg.depth)
+        ]
+
+    @property
+    def default_out_indices(self) -> tuple[int, ...]:
+        """The last three blocks, as in timm."""
+        return tuple(range(self.cfg.depth))[-3:]
+
+    def forward_intermediates(
+        self,
+        x: Any,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+        training: bool | None = None,
+    ) -> Any:
+        """Patch tokens behind blocks as maps; see :meth:`ImageModel.forward_intermediates`.
+
+        With ``return_prefix_tokens`` the list has pairs of a map and the prefix tokens, (batch,
+        ``num_prefix_tokens``, ``embed_dim``), if the model has such tokens.
+        """
+        cfg = self.cfg
+        taken = take_indices(cfg.depth, indices)
+        shape = (-1, x.shape[1] // cfg.patch_size, x.shape[2] // cfg.patch_size, cfg.embed_dim)
+        x = self.pos_drop(self._tokens(x), training=training)
+        if self.norm_pre is not None:
+            x = self.norm_pre(x)
+        outputs = []
+        for i, block in enumerate(self.blocks[: taken[-1] + 1] if stop_early else self.blocks):
+            x = block(x, training=training)
+            if i in taken:
+                outputs.append(self.norm(x) if norm and self.norm is not None else x)
+        prefix = cfg.num_prefix_tokens
+        found = [ops.reshape(y[:, prefix:], shape) for y in outputs]
+        if return_prefix_tokens and prefix:
+            found = [(y, tokens[:, :prefix]) for y, tokens in zip(found, outputs, strict=True)]
+        if intermediates_only:
+            return found
+        return (x if self.norm is None else self.norm(x)), found
+
+    def layers_behind(self, index: int, norm: bool = False) -> list[keras.layers.Layer]:
+        """Later blocks, pooling, head, unused normalisations; see the base class."""
+        behind = [self.attn_pool, self.fc_norm, self.head, self.head_dist]
+        behind += [*self.blocks[index + 1 :], None if norm else self.norm]
+        return [layer for layer in behind if layer is not None]
 
     def forward_head(self, x: Any, training: bool | None = None, pre_logits: bool = False) -> Any:
         """Pools and classifies tokens; see the base class."""
