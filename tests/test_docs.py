@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import tfimm_lora
-from tfimm_lora import models, weights
+from tests.keras2_layout import keras2_weights, write_h5
+from tfimm_lora import lora, models, weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -52,6 +53,14 @@ def offline_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "download", download)
 
 
+def write_old_files(folder: Path) -> None:
+    """The files that the page about tfimm loads."""
+    model = tfimm_lora.create_model("vit_tiny_patch16_224", nb_classes=10)
+    write_h5(folder / "vit.h5", keras2_weights(model))
+    model = lora.create_model("convnext_tiny", nb_classes=10, lora_rank=2)
+    write_h5(folder / "lora.h5", keras2_weights(model))
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=page_id)
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch, offline_hub):
     monkeypatch.chdir(tmp_path)
@@ -60,6 +69,8 @@ def test_code_of_the_page_runs(page, tmp_path, monkeypatch, offline_hub):
     (run / "metrics.json").write_text(json.dumps({"methods": {"lora": {"val_accuracy": 0.9}}}))
     if page.name == "command_line.md":
         pytest.importorskip("pandas", reason="pandas comes with the extra 'report'")
+    if page.name == "coming_from_tfimm.md":
+        write_old_files(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, code in python_blocks(page):
         # Empty lines in front, so that an error names the line of the page.

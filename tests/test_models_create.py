@@ -53,6 +53,23 @@ def test_unknown_field_names_the_nearest_and_all():
 
 
 @pytest.mark.parametrize(
+    ("name", "field", "new"),
+    [
+        ("vit_tiny_patch16_224", "nb_blocks", "depth"),
+        ("vit_tiny_patch16_224", "nb_heads", "num_heads"),
+        ("vit_tiny_patch16_224", "interpolate_input", "dynamic_img_size"),
+        ("convnext_tiny", "nb_blocks", "depths"),
+        ("convnext_tiny", "embed_dim", "dims"),
+        ("convnext_tiny", "conv_mlp_block", "conv_mlp"),
+        ("convnext_tiny", "init_scale", "ls_init_value"),
+    ],
+)
+def test_tfimms_fields_say_their_new_name(name: str, field: str, new: str):
+    with pytest.raises(ValueError, match=f"no field {field!r}. tfimm's {field!r} is {new!r} here"):
+        tfimm_lora.create_model(name, **{field: 1})
+
+
+@pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
         ("vit_tiny_patch16_224", {"num_heads": 5}, "=192 is not a multiple of num_heads=5"),

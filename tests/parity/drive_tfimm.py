@@ -1,11 +1,13 @@
-"""Runs tfimm 0.2.14 (Keras 2) with weights that are handed to it under timm's names.
+"""Runs tfimm 0.2.14 (Keras 2).
 
+``run`` takes weights under timm's names, ``save`` writes files of random ones.
 Weights come as ``.npz``: timm's keys and torch's layouts for the base model,
 ``PATH.kernel_lora_a`` and ``PATH.kernel_lora_b`` in Keras' layouts for the LoRA weights.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,5 +69,65 @@ def run(out: str, model: str, config: dict[str, Any], weights: str, inputs: str)
     return {"weights": len(network.weights), "given": len(values)}
 
 
+def _randomise(network: Any, seed: int = 0) -> None:
+    """Gives all weights, low-rank factors too, values far from the initial ones."""
+    rng = np.random.default_rng(seed)
+    for variable in network.weights:
+        noise = rng.standard_normal(variable.shape)
+        leaf = variable.name.split(":")[0].rpartition("/")[2]
+        if leaf == "gamma":
+            noise = 1.0 + 0.3 * noise
+        elif "kernel" in leaf:
+            noise = noise / np.sqrt(np.prod(variable.shape[:-1]))
+        else:
+            noise = 0.3 * noise
+        variable.assign(noise.astype("float32"))
+
+
+def save(out: str, model: str, config: dict[str, Any], fit: bool, after: str) -> None:
+    """Saves a model in the ways that tfimm's users have, with what it answers.
+
+    Args:
+        out: New folder: ``weights.h5``, ``weights.ckpt``, ``new.weights.h5``, ``new.keras``; of a
+            trained model, the SavedModel ``saved`` and the checkpoints of tfimm's trainer in
+            ``trainer``, too; and ``images.npy``, ``logits.npy``.
+        model: Key of ``MODELS``.
+        config: Fields of tfimm's configuration.
+        fit: Train a step first, so that there are an optimizer and metrics to be saved.
+        after: ``merge`` or ``regular`` to do so with a LoRA model before it is saved, or ``""``.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True)
+    model_class, config_class = MODELS[model]
+    network = model_class(config_class(name="net", **config))
+    network(network.dummy_inputs)
+    _randomise(network)
+    shape = (2, *network.cfg.input_size, network.cfg.in_channels)
+    images = np.random.default_rng(1).standard_normal(shape).astype("float32")
+    if fit:
+        network.compile("adam", "mse", metrics=["mae"])
+        network.fit(images, np.zeros((2, network.cfg.nb_classes), "float32"), verbose=0)
+    if after == "merge":
+        lora.merge_lora_weights(network)
+    elif after == "regular":
+        network = lora.convert_to_regular_model(network)
+    np.save(folder / "images.npy", images)
+    np.save(folder / "logits.npy", network(tf.constant(images)).numpy())
+    network.save_weights(str(folder / "weights.h5"))
+    network.save_weights(str(folder / "weights.ckpt"))
+    network.save_weights(str(folder / "new.weights.h5"))
+    network.save(str(folder / "new.keras"))
+    if fit:
+        network.save(str(folder / "saved"))
+        # The names and the manager of tfimm.train.
+        checkpoint = tf.train.Checkpoint(
+            epoch=tf.Variable(3),
+            avg_acc=tf.keras.metrics.Mean(),
+            model=network,
+            optimizer=network.optimizer or tf.Module(),
+        )
+        tf.train.CheckpointManager(checkpoint, str(folder / "trainer"), max_to_keep=1).save()
+
+
 if __name__ == "__main__":
-    serve({"run": run})
+    serve({"run": run, "save": save})

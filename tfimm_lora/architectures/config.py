@@ -13,6 +13,18 @@ _Config = TypeVar("_Config")
 TIMM_SPELLINGS = {"num_classes": "nb_classes", "in_chans": "in_channels", "img_size": "input_size"}
 """timm's names for fields that carry tfimm's names here."""
 
+# tfimm's names for fields that carry timm's names here, in one config or the other. They are not
+# accepted, for some take other values, but errors say what to type.
+_TFIMM_SPELLINGS = {
+    "nb_blocks": ("depth", "depths"),
+    "nb_heads": ("num_heads",),
+    "embed_dim": ("dims",),
+    "conv_mlp_block": ("conv_mlp",),
+    "init_scale": ("ls_init_value",),
+    "interpolate_input": ("dynamic_img_size",),
+    "lora_train_classifer": ("lora_train_classifier",),
+}
+
 
 @dataclasses.dataclass
 class ModelConfig:
@@ -109,9 +121,14 @@ def make_config(
     for key, value in overrides.items():
         field = key if key in known else TIMM_SPELLINGS.get(key, key)
         if field not in known:
+            new = [
+                f" tfimm's {key!r} is {f!r} here."
+                for f in _TFIMM_SPELLINGS.get(key, ())
+                if f in known
+            ]
             raise ValueError(
                 f"{config_class.__name__} has no field {key!r}."
-                f"{nearest_names(key, [*known, *TIMM_SPELLINGS])} Its fields are: "
+                f"{''.join(new) or nearest_names(key, [*known, *TIMM_SPELLINGS])} Its fields are: "
                 f"{', '.join(known)}."
             )
         if field in resolved:

@@ -20,9 +20,10 @@ from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.lora.layers import LoRADepthwiseConv2D
 from tfimm_lora.lora.merge import lora_layers
 from tfimm_lora.lora.trainable import fully_trained_layers
+from tfimm_lora.models.features import FeatureExtractor
 from tfimm_lora.version import __version__
 from tfimm_lora.weights.adapt import is_below
-from tfimm_lora.weights.hub import download
+from tfimm_lora.weights.download import download
 from tfimm_lora.weights.loading import classes_of
 from tfimm_lora.weights.names import (
     NamedVariable,
@@ -63,6 +64,8 @@ def save_adapter(model: keras.Model, folder: str | os.PathLike[str], name: str =
     Example:
         >>> save_adapter(model, "my_adapter")
     """
+    # An adapter fits the backbone of an extractor, with or without the extractor.
+    model = model.backbone if isinstance(model, FeatureExtractor) else model
     layers = _lora_layers_by_module(model)
     if not layers:
         raise ValueError(f"{model.name!r} has no LoRA layers, so there is no adapter to save.")
@@ -141,6 +144,9 @@ def load_adapter(
     Example:
         >>> model = load_adapter(tfimm_lora.create_model("convnext_tiny"), "my_adapter")
     """
+    if isinstance(model, FeatureExtractor):
+        adapted = load_adapter(model.backbone, folder_or_hub_id, name, check_base=check_base)
+        return model if adapted is model.backbone else model.replace_backbone(adapted)
     config_path, weights_path = _find_files(folder_or_hub_id, name)
     with read_safetensors(weights_path) as file:
         own = json.loads(file.metadata.get(_METADATA, "{}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,23 @@ from tfimm_lora.lora.merge import lora_layers
 from tfimm_lora.lora.model import LoRAModel
 from tfimm_lora.lora.registry import lora_architecture, lora_base_architecture
 from tfimm_lora.lora.trainable import fully_trained_layers, set_trainable
-from tfimm_lora.models.factory import build_model, create_with_class
+from tfimm_lora.models.factory import build_model, create_features, create_with_class
 from tfimm_lora.models.factory import create_model as create_regular_model
+from tfimm_lora.models.features import FeatureExtractor
 from tfimm_lora.models.registry import model_class
 from tfimm_lora.models.sources import architecture_of
 from tfimm_lora.models.transfer import transfer_weights
 from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, named_variables
+from tfimm_lora.weights.tfimm_files import is_tfimm_file
 
 
 def create_model(
     model_name: str,
     pretrained: bool | str = False,
     model_path: str | os.PathLike[str] = "",
+    *,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
     **kwargs: Any,
 ) -> keras.Model:
     """Creates the LoRA variant of a model by its timm name.
@@ -48,7 +54,10 @@ def create_model(
         model_name: See :func:`tfimm_lora.create_model`.
         pretrained: See :func:`tfimm_lora.create_model`.
         model_path: See :func:`tfimm_lora.create_model`; a file of the regular or of the LoRA
-            model.
+            model. With a LoRA model of tfimm's, give the ``lora_rank`` and the ``lora_alpha`` that
+            it was trained with: the file does not say alpha, and tfimm's default is 1.
+        features_only: See :func:`tfimm_lora.create_model`; the backbone is the LoRA model.
+        out_indices: See :func:`tfimm_lora.create_model`.
         **kwargs: Fields of the LoRA variant's config: those of the model, and those that start
             with ``lora_``, see :class:`~tfimm_lora.lora.LoRAConfig`.
 
@@ -62,8 +71,20 @@ def create_model(
     Example:
         >>> model = create_model("convnext_tiny", lora_rank=2)
     """
+    create = partial(_create_lora_model, model_name, pretrained, model_path)
+    return create_features(create, model_name, model_path, features_only, out_indices, kwargs)
+
+
+def _create_lora_model(
+    model_name: str,
+    pretrained: bool | str,
+    model_path: str | os.PathLike[str],
+    **kwargs: Any,
+) -> keras.Model:
     lora_cls = lora_architecture(model_class(architecture_of(model_name)))
-    if str(model_path).endswith(".weights.h5") and not _holds_lora_weights(Path(model_path)):
+    path = Path(model_path)
+    keras_weights = path.name.endswith(".weights.h5") and not is_tfimm_file(path)
+    if keras_weights and not _holds_lora_weights(path):
         lora, rest = split_lora_values(kwargs)
         model = create_regular_model(model_name, pretrained, model_path, **rest)
         return convert_to_lora_model(model, **lora)
@@ -90,7 +111,8 @@ def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
 
     Models of the zoo and of registered classes become their LoRA variant. Functional and
     Sequential models, ``keras.applications`` and KerasHub backbones among them, are cloned with
-    LoRA layers inside; the result is a functional model.
+    LoRA layers inside; the result is a functional model. A feature extractor becomes one of a LoRA
+    model.
 
     Args:
         model: A built model; it is not changed.
@@ -106,6 +128,8 @@ def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
     Example:
         >>> lora_model = convert_to_lora_model(model, lora_rank=8)
     """
+    if isinstance(model, FeatureExtractor):
+        return model.replace_backbone(convert_to_lora_model(model.backbone, **kwargs))
     if isinstance(model, LoRAFunctional) or lora_layers(model):
         raise ValueError(
             "The model has LoRA layers already. Use lora.convert_to_regular_model(model) first, "
@@ -149,6 +173,8 @@ def convert_to_regular_model(model: keras.Model) -> keras.Model:
     Example:
         >>> regular = convert_to_regular_model(lora_model)
     """
+    if isinstance(model, FeatureExtractor):
+        return model.replace_backbone(convert_to_regular_model(model.backbone))
     if not lora_layers(model):
         raise ValueError(f"{model.name!r} has no LoRA layers; it is a regular model already.")
     copy = partial(transfer_weights, model, weights_to_ignore=LORA_WEIGHT_NAMES)

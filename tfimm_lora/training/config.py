@@ -32,7 +32,7 @@ class ModelSection:
         pretrained: ``true`` for the default checkpoint, a tag, ``hf-hub:org/repo[@revision]``, a
             local folder with config.json and model.safetensors, or ``false``.
         path: Weights to start from instead: ``.safetensors`` in timm's key names,
-            ``.weights.h5`` or ``.keras``.
+            ``.weights.h5``, ``.keras``, or what tfimm has saved.
         input_size: Side of the images in pixels, or [height, width]; the checkpoint's own by
             default.
         in_channels: 3 for colour, 1 for grey; the checkpoint's own by default.
