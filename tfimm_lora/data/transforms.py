@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tfimm_lora.data.errors import DataError
+from tfimm_lora.data.geometry import CROP_MODES, centre, resized_size
+from tfimm_lora.data.pillow_resample import INTERPOLATIONS
 from tfimm_lora.data.registry import suggest
 
-CROP_MODES = ("center", "squash", "border")
 WHITE = (255, 255, 255, 255)
 
 
@@ -22,10 +23,12 @@ class Resize:
         height: Height of the result in pixels.
         width: Width of the result in pixels.
         channels: 3 for colour, 1 for grey.
-        interpolation: ``bicubic``, ``bilinear``, ``lanczos`` or ``nearest``.
+        interpolation: ``bicubic``, ``bilinear``, ``lanczos``, ``hamming``, ``box`` or ``nearest``.
         crop_pct: Side of the crop over the side of the resized picture.
         crop_mode: ``center`` keeps the aspect ratio and cuts what overlaps, ``squash`` distorts,
-            ``border`` keeps the aspect ratio and pads with the value 0.
+            ``border`` keeps the aspect ratio and pads.
+        fill: Value per channel that ``border`` pads with; timm takes the mean of the images that
+            the model was trained with. Defaults to 0.
 
     Raises:
         DataError: A value is unknown, or pictures cannot have that number of channels.
@@ -41,6 +44,7 @@ class Resize:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     crop_mode: str = "center"
+    fill: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -48,34 +52,25 @@ class Resize:
                 f"Pictures have 1 or 3 channels, and the model wants {self.channels}: "
                 "set --model.in_channels 3."
             )
-        known = [method.name.lower() for method in Image.Resampling]
-        if self.interpolation not in known:
-            raise DataError(
-                f"Unknown interpolation {self.interpolation!r}."
-                f"{suggest(self.interpolation, known)} Known: {', '.join(known)}."
-            )
-        if self.crop_mode not in CROP_MODES:
-            raise DataError(
-                f"Unknown crop mode {self.crop_mode!r}. Known: {', '.join(CROP_MODES)}."
-            )
+        check_name("interpolation", self.interpolation, INTERPOLATIONS)
+        check_name("crop mode", self.crop_mode, CROP_MODES)
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
         """Returns the picture as array of shape (height, width, channels), uint8."""
         picture = to_channels(ImageOps.exif_transpose(picture), self.channels)
-        # timm resizes to size / crop_pct and cuts the centre.
-        resized = (int(self.height / self.crop_pct), int(self.width / self.crop_pct))
-        picture = self._resized(picture, *resized)
-        array = np.asarray(picture)
-        return _centre(array.reshape(*array.shape[:2], self.channels), self.height, self.width)
-
-    def _resized(self, picture: Image.Image, height: int, width: int) -> Image.Image:
+        height, width = resized_size(
+            np.float64(picture.height),
+            np.float64(picture.width),
+            (self.height, self.width),
+            self.crop_pct,
+            self.crop_mode,
+            np,
+        )
         method = Image.Resampling[self.interpolation.upper()]
-        if self.crop_mode == "squash":
-            return picture.resize((width, height), method)
-        ratios = (height / picture.height, width / picture.width)
-        ratio = max(ratios) if self.crop_mode == "center" else min(ratios)
-        size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
-        return picture.resize(size, method)
+        array = np.asarray(picture.resize((int(width), int(height)), method))
+        array = array.reshape(*array.shape[:2], self.channels)
+        fill = self.fill if self.crop_mode == "border" else (0,)
+        return _centre(array, self.height, self.width, fill)
 
 
 def to_channels(picture: Image.Image, channels: int) -> Image.Image:
@@ -98,16 +93,34 @@ def to_channels(picture: Image.Image, channels: int) -> Image.Image:
     return picture.convert("RGB" if channels == 3 else "L")
 
 
-def _centre(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cuts or pads (with 0) an array of shape (h, w, channels) to (height, width, channels)."""
-    for axis, wanted in ((0, height), (1, width)):
-        surplus = array.shape[axis] - wanted
-        if surplus > 0:
-            start = round(surplus / 2)
-            array = np.take(array, range(start, start + wanted), axis=axis)
-        elif surplus < 0:
-            before = -surplus // 2
-            padding = [(0, 0)] * 3
-            padding[axis] = (before, -surplus - before)
-            array = np.pad(array, padding)
-    return array
+def check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
+    """Checks that a name is one of those that exist.
+
+    Args:
+        kind: What is named, such as ``"crop mode"``.
+        name: What was given.
+        known: The names that exist.
+
+    Raises:
+        DataError: The name does not exist; the nearest ones are suggested.
+
+    Example:
+        >>> check_name("crop mode", "center", CROP_MODES)
+    """
+    if name not in known:
+        raise DataError(
+            f"Unknown {kind} {name!r}.{suggest(name, known)} Known: {', '.join(known)}."
+        )
+
+
+def _centre(array: np.ndarray, height: int, width: int, fill: tuple[int, ...]) -> np.ndarray:
+    """Cuts or pads an array of shape (h, w, channels) to (height, width, channels)."""
+    top, above = (int(x) for x in centre(np.float64(array.shape[0]), height, np))
+    left, before = (int(x) for x in centre(np.float64(array.shape[1]), width, np))
+    array = array[top : top + height, left : left + width]
+    if array.shape[:2] == (height, width):
+        return array
+    result = np.empty((height, width, array.shape[2]), array.dtype)
+    result[:] = np.resize(np.asarray(fill, array.dtype), array.shape[2])
+    result[above : above + array.shape[0], before : before + array.shape[1]] = array
+    return result

@@ -6,15 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
+from tfimm_lora.models.normalization import normalize, per_channel
 from tfimm_lora.models.registry import model_config, pretrained_config
-
-
-def _cycle(values: tuple[float, ...], n: int) -> np.ndarray:
-    """Repeats per-channel values until there are ``n``."""
-    return np.resize(np.asarray(values, "float32"), n)
 
 
 def create_preprocessing(
@@ -42,16 +37,15 @@ def create_preprocessing(
     facts = pretrained_config(model_name)
     channels = in_channels or model_config(model_name).in_channels
     dtype = dtype or keras.config.floatx()
-    mean, std = _cycle(facts.mean, channels), _cycle(facts.std, channels)
+    mean, std = per_channel(facts.mean, channels), per_channel(facts.std, channels)
 
     def preprocess(images: Any) -> Any:
         if type(images).__module__.partition(".")[0] == "tensorflow":
             # tf.data maps over TensorFlow tensors whatever the backend.
             import tensorflow as tf
 
-            x = (tf.cast(images, "float32") / 255.0 - mean) / std
-            return tf.cast(x, dtype)
-        x = ops.cast(ops.convert_to_tensor(images), "float32") / 255.0
-        return ops.cast((x - mean) / std, dtype)
+            return tf.cast(normalize(tf.cast(images, "float32"), mean, std), dtype)
+        x = ops.cast(ops.convert_to_tensor(images), "float32")
+        return ops.cast(normalize(x, mean, std), dtype)
 
     return preprocess

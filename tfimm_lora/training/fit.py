@@ -132,7 +132,13 @@ def make_batches(config: RunConfig, model: keras.Model, dataset: Dataset) -> tup
     facts, cfg = model.pretrained_cfg, model.cfg
     height, width = cfg.input_size
     resize = Resize(
-        height, width, cfg.in_channels, facts.interpolation, facts.crop_pct, facts.crop_mode
+        height,
+        width,
+        cfg.in_channels,
+        facts.interpolation,
+        facts.crop_pct,
+        facts.crop_mode,
+        fill=tuple(round(255 * value) for value in facts.mean),
     )
     preprocess = tfimm_lora.create_preprocessing(config.model.name, in_channels=cfg.in_channels)
     batches = training_batches(
