@@ -95,7 +95,6 @@ print(json.dumps(sorted(heavy & (set(sys.modules) - before))))
 
 TABLES = """
 import json, sys
-sys.argv[0] = "tfimm-lora"               # the command line, which need not wait for Keras
 import tfimm_lora
 names = tfimm_lora.list_models("vit_*", pretrained=True, include_tags=True)
 print(json.dumps([[h for h in ("keras", "tensorflow", "numpy") if h in sys.modules], len(names)]))
@@ -106,10 +105,31 @@ def test_importing_adds_nothing_heavy_to_keras():
     assert answer_of(IMPORTS) == []
 
 
-def test_the_command_lines_tables_need_no_keras():
+def test_names_and_tables_need_no_keras():
     loaded, count = answer_of(TABLES)
     assert loaded == []
     assert count > 50
+
+
+REGISTERED = """
+import json
+exec(__import__("sys").argv[1])
+import keras
+print(json.dumps([n for n in keras.saving.get_custom_objects() if n.startswith("tfimm_lora")]))
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tfimm_lora",
+        "import tensorflow, tfimm_lora",
+        "from tfimm_lora.layers import Attention",  # imports Keras while it is incomplete itself
+    ],
+)
+def test_classes_are_registered_whatever_imports_keras(code):
+    names = answer_of(REGISTERED, code)
+    assert {"tfimm_lora>LoRAViT", "tfimm_lora>ConvNeXt", "tfimm_lora>Attention"} <= set(names)
 
 
 def test_a_model_is_made_without_torch_or_datasets():
@@ -121,6 +141,26 @@ lora.create_model("vit_tiny_patch16_224", embed_dim=16, depth=1, num_heads=2, in
 print(json.dumps([m for m in ("torch", "tensorflow_datasets", "timm") if m in sys.modules]))
 """
     assert answer_of(code) == []
+
+
+# --- Precision --------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("make", [tiny_model, tiny_lora_model])
+@pytest.mark.parametrize("there", ["float32", "mixed_float16"])
+def test_a_model_keeps_its_precision_whatever_the_policy_is_there(make, kind, there, tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = make(kind)
+    expected = numpy(keras.ops.cast(model(images(model)), "float32"))
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy(there)
+    restored = keras.saving.load_model(tmp_path / "model.keras")
+    assert keras.config.dtype_policy().name == there
+    logits = restored(images(model))
+    assert keras.backend.standardize_dtype(logits.dtype) == "bfloat16"
+    np.testing.assert_array_equal(numpy(keras.ops.cast(logits, "float32")), expected)
+    assert {v.dtype for v in restored.weights} <= {"float32", "uint32", "int64"}
 
 
 # --- State beyond weights ---------------------------------------------------------------------

@@ -8,14 +8,16 @@ Example:
 from typing import TYPE_CHECKING
 
 from tfimm_lora._lazy import lazy_names
-from tfimm_lora._registration import is_command_line, register_classes
+from tfimm_lora._registration import register_classes
 from tfimm_lora.version import __version__
 
 if TYPE_CHECKING:
     from tfimm_lora import architectures, layers, lora, models, weights
     from tfimm_lora.architectures.config import ModelConfig
     from tfimm_lora.architectures.pretrained import PretrainedConfig
+    from tfimm_lora.data.factory import create_transform
     from tfimm_lora.models.factory import create_model
+    from tfimm_lora.models.features import create_feature_extractor
     from tfimm_lora.models.preprocessing import create_preprocessing
     from tfimm_lora.models.registry import list_models, register_model
 
@@ -24,8 +26,10 @@ __all__ = [
     "PretrainedConfig",
     "__version__",
     "architectures",
+    "create_feature_extractor",
     "create_model",
     "create_preprocessing",
+    "create_transform",
     "layers",
     "list_models",
     "lora",
@@ -40,8 +44,10 @@ __getattr__, __dir__ = lazy_names(
         "ModelConfig": "tfimm_lora.architectures.config",
         "PretrainedConfig": "tfimm_lora.architectures.pretrained",
         "architectures": "tfimm_lora.architectures",
+        "create_feature_extractor": "tfimm_lora.models.features",
         "create_model": "tfimm_lora.models.factory",
         "create_preprocessing": "tfimm_lora.models.preprocessing",
+        "create_transform": "tfimm_lora.data.factory",
         "layers": "tfimm_lora.layers",
         "list_models": "tfimm_lora.models.registry",
         "lora": "tfimm_lora.lora",
@@ -52,5 +58,4 @@ __getattr__, __dir__ = lazy_names(
     globals(),
 )
 
-if not is_command_line():
-    register_classes()
+register_classes()

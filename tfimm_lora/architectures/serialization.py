@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import keras
@@ -14,13 +16,28 @@ from tfimm_lora.architectures.pretrained import PretrainedConfig
 _Model = TypeVar("_Model", bound=type)
 
 
+@contextlib.contextmanager
+def _policy_of_sublayers(dtype: Any) -> Iterator[None]:
+    """A model's precision is that of the layers that its constructor makes."""
+    if dtype is None:
+        yield
+        return
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(keras.dtype_policies.get(dtype))
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
 def keras_serializable(cls: _Model) -> _Model:
     """Class decorator that lets Keras save and restore a model with a config dataclass.
 
     The class names its dataclass in ``cfg_class`` and takes ``cfg`` as first constructor
     argument. The decorator registers it with Keras, stores ``cfg`` and ``pretrained_cfg`` in the
-    Keras config and accepts them as dictionaries when the model is restored. tfimm has a
-    decorator of the same name and use.
+    Keras config and accepts them as dictionaries when the model is restored. ``dtype`` given to the
+    constructor holds for the layers that it makes, too. tfimm has a decorator of the same name and
+    use.
 
     Args:
         cls: A ``keras.Model`` subclass.
@@ -55,7 +72,8 @@ def keras_serializable(cls: _Model) -> _Model:
         pretrained_cfg = kwargs.pop("pretrained_cfg", None)
         if isinstance(pretrained_cfg, dict):
             pretrained_cfg = PretrainedConfig(**pretrained_cfg)
-        initializer(self, cfg, *args, **kwargs)
+        with _policy_of_sublayers(kwargs.get("dtype")):
+            initializer(self, cfg, *args, **kwargs)
         self.cfg = cfg
         if pretrained_cfg is not None or not hasattr(self, "pretrained_cfg"):
             self.pretrained_cfg = pretrained_cfg
