@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def test_version_and_help(capsys):
 def test_models_table(capsys):
     assert main(["models", "convnext_tiny*"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["model", "input", "classes", "licence", "default", "tag"]
+    columns = ["model", "weights (M)", "input", "classes", "licence", "default tag"]
+    assert re.split(r"\s{2,}", lines[0]) == columns
+    assert re.split(r"\s{2,}", lines[2])[:3] == ["convnext_tiny", "28.6", "224 × 224"]
     names = [line.split()[0] for line in lines[2:]]
     assert names == tfimm_lora.list_models("convnext_tiny*")
     assert main(["models", "convnext_tiny*", "--tags", "--pretrained"]) == 0

@@ -9,8 +9,9 @@ from tfimm_lora.evaluation.tables import format_table
 
 NAME = "models"
 HELP = "list the models, by wildcards on their names"
-DESCRIPTION = """List the models: name, input size (height × width), licence of the default
-checkpoint, and its tag. Quote wildcards: tfimm-lora models "vit_*"."""
+DESCRIPTION = """List the models: name, number of weights in millions, input size (height × width),
+classes and licence of the default checkpoint, and its tag. Quote wildcards: tfimm-lora models
+"vit_*"."""
 
 
 def make_parser() -> Parser:
@@ -47,7 +48,7 @@ def execute(arguments: jsonargparse.Namespace) -> int:
         0, or 1 if no model's name matches.
     """
     from tfimm_lora.data.registry import suggest
-    from tfimm_lora.models.registry import list_models, pretrained_config
+    from tfimm_lora.models.registry import find_entry, list_models, pretrained_config
 
     patterns = arguments.patterns or [""]
     names = list_models(
@@ -63,10 +64,13 @@ def execute(arguments: jsonargparse.Namespace) -> int:
         raise ValueError(f"No model matches {' '.join(patterns)}.{hints}")
     rows = []
     for name in names:
-        facts = pretrained_config(name)
+        facts, parameters = pretrained_config(name), find_entry(name)[0].parameters
+        weights = f"{parameters / 1e6:,.1f}" if parameters else "–"
         size = " × ".join(map(str, facts.input_size[1:]))
         tag = facts.tag if facts.has_weights else ""
-        rows.append((name, size, str(facts.num_classes), facts.license or "–", tag or "–"))
-    headings = ("model", "input", "classes", "licence", "tag" if arguments.tags else "default tag")
-    print(format_table(headings, rows, align="lrrll"))
+        licence = facts.license or "–"
+        rows.append((name, weights, size, str(facts.num_classes), licence, tag or "–"))
+    tag = "tag" if arguments.tags else "default tag"
+    headings = ("model", "weights (M)", "input", "classes", "licence", tag)
+    print(format_table(headings, rows, align="lrrrll"))
     return 0

@@ -1,7 +1,7 @@
 """The architectures and their checkpoints, as data.
 
-``convnext.json``, ``vision_transformer.json`` and ``deit.json`` have timm's modules as names and one
-line per architecture::
+``convnext.json``, ``vision_transformer.json`` and ``deit.json`` are called as timm's modules and
+have one line per architecture::
 
     "name": {"parameters": 123, "config": {...}, "tags": {"tag": {...}, ...}}
 
