@@ -24,6 +24,7 @@ extensions = [
     "sphinx_copybutton",
     "command_output",
     "mathml",
+    "model_table",
 ]
 exclude_patterns = ["_build"]
 
