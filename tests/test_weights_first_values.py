@@ -122,7 +122,7 @@ class Doubled(kinds.RandomUniform):
         (kinds.RandomNormal(seed=1), "float64"),
         (lambda shape, dtype=None: np.ones(shape), "float32"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_only_the_initialiser_knows_is_left_to_it(initializer, dtype: str):
     assert draw(initializer, (4, 4), dtype) is None
