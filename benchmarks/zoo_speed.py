@@ -4,8 +4,8 @@
         --timm-python PYTHON --tfimm-python PYTHON --tfimm-path FOLDER
 
 Every measurement is a fresh process. The libraries take turns, round after round, so that a machine
-that slows down slows them all. ``process`` is the whole process with its imports, ``call`` the call
-alone, with everything imported that it needs.
+that slows down slows them all. ``process`` is a process until its first call has returned, imports
+included, ``call`` that first call alone, and ``again`` the median of three further calls.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,17 @@ TASKS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 PROGRAM = """
-import sys, time, json
-FILE = sys.argv[1]
+import json, statistics, sys, time
+FILE, BEGAN = sys.argv[1], float(sys.argv[2])
 {before}
-wall, cpu = time.perf_counter(), time.process_time()
-{call}
-print(json.dumps({{"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}}))
+def measure():
+    wall, cpu = time.perf_counter(), time.process_time()
+    {call}
+    return time.perf_counter() - wall, time.process_time() - cpu
+call = measure()
+process = time.time() - BEGAN, time.process_time()
+again = [statistics.median(seconds) for seconds in zip(*(measure() for _ in range(3)))]
+print(json.dumps({{"process": process, "call": call, "again": again}}))
 """
 
 
@@ -76,25 +82,16 @@ def parse() -> argparse.Namespace:
 
 
 def run(python: str, code: str, file: str, env: dict[str, str]) -> dict[str, float]:
-    """Seconds of one process and of the call in it."""
-    read, write = os.pipe()
-    began = os.times()
-    process = subprocess.Popen(
-        [python, "-c", code, file], env=env, stdout=write, stderr=subprocess.DEVNULL
-    )
-    os.close(write)
-    with os.fdopen(read) as answers:
-        lines = answers.read().splitlines()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{python} failed with {process.returncode}:\n{code}")
-    call = json.loads(lines[-1])
+    """Seconds of one process until its first call has returned, of that call, and of later ones."""
+    command = [python, "-c", code, file, str(time.time())]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    answer = json.loads(done.stdout.splitlines()[-1])
     return {
-        "process wall": os.times().elapsed - began.elapsed,
-        "process cpu": used.ru_utime + used.ru_stime,
-        "call wall": call["wall"],
-        "call cpu": call["cpu"],
+        f"{what} {kind}": seconds
+        for what, pair in answer.items()
+        for kind, seconds in zip(("wall", "cpu"), pair, strict=True)
     }
 
 
@@ -112,7 +109,8 @@ def main() -> None:
     common = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
     tfimm = {"PYTHONPATH": arguments.tfimm_path, "TF_USE_LEGACY_KERAS": "1"}
     libraries = {
-        "tfimm_lora": (sys.executable, common),
+        "tfimm_lora": (sys.executable, {**common, "KERAS_BACKEND": "tensorflow"}),
+        "tfimm_lora on JAX": (sys.executable, {**common, "KERAS_BACKEND": "jax"}),
         "timm": (arguments.timm_python, {**common, "PYTHONPATH": arguments.timm_path}),
         "tfimm": (arguments.tfimm_python, {**common, **tfimm}),
     }
@@ -123,19 +121,19 @@ def main() -> None:
             "import tfimm_lora; from tfimm_lora.models import save_safetensors; "
             "save_safetensors(tfimm_lora.create_model('convnext_tiny'), FILE + '.safetensors')"
         )
-        run(sys.executable, PROGRAM.format(before=save, call=""), file, common)
+        run(sys.executable, PROGRAM.format(before=save, call="pass"), file, common)
         save = "import tfimm; tfimm.create_model('convnext_tiny').save_weights(FILE + '.h5')"
         run(
             *libraries["tfimm"][:1],
-            PROGRAM.format(before=save, call=""),
+            PROGRAM.format(before=save, call="pass"),
             file,
             libraries["tfimm"][1],
         )
         for task, programs in TASKS.items():
-            rounds: dict[str, list[dict[str, float]]] = {library: [] for library in programs}
+            rounds: dict[str, list[dict[str, float]]] = {library: [] for library in libraries}
             for number in range(arguments.rounds + 1):
-                for library, (before, call) in programs.items():
-                    python, env = libraries[library]
+                for library, (python, env) in libraries.items():
+                    before, call = programs[library.partition(" ")[0]]
                     seconds = run(python, PROGRAM.format(before=before, call=call), file, env)
                     if number:  # the first round fills the disk's cache
                         rounds[library].append(seconds)

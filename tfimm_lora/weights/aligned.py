@@ -10,6 +10,7 @@ import numpy as np
 
 _ALIGNMENT = 64
 _LARGE = 1 << 20
+_TILE = 128
 _POSIX = hasattr(mmap, "MAP_ANONYMOUS")
 
 
@@ -51,5 +52,11 @@ def aligned(value: np.ndarray, dtype: Any) -> np.ndarray:
     if fits and value.ctypes.data % _ALIGNMENT == 0:
         return value
     copy = empty_aligned(value.shape, dtype)
-    copy[...] = value
+    if value.ndim == 2 and value.strides[0] < value.strides[1]:
+        # A transposed matrix is read in the order of its columns; tile by tile it stays in the cache.
+        for i in range(0, value.shape[0], _TILE):
+            for j in range(0, value.shape[1], _TILE):
+                copy[i : i + _TILE, j : j + _TILE] = value[i : i + _TILE, j : j + _TILE]
+    else:
+        copy[...] = value
     return copy
