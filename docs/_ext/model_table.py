@@ -19,7 +19,7 @@ COLUMNS = (
     ("architecture", 34),
     ("weights", 9),
     ("checkpoint", 30),
-    ("pixels", 9),
+    ("pixels", 6),
     ("classes", 8),
     ("licence", 10),
 )
@@ -79,9 +79,10 @@ def facts_of(facts: tfimm_lora.PretrainedConfig) -> list[nodes.Node]:
         place = facts.hf_hub_id and f"https://huggingface.co/{facts.hf_hub_id}"
         tag = nodes.reference("", facts.tag, refuri=place or facts.url)
     licence = facts.license or "not stated"
+    height, width = facts.input_size[1:]
     return [
         tag,
-        text(" × ".join(map(str, facts.input_size[1:]))),
+        text(str(height) if height == width else f"{height} × {width}"),
         text(f"{facts.num_classes:,}" if facts.num_classes else "–"),
         text(licence if is_free(facts.license) else f"{licence} *"),
     ]

@@ -7,9 +7,30 @@ the images, and the layer draws from that seed alone.
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
+
+
+def seed_generator(seed: int | None) -> Any:
+    """Makes a generator of seeds that works inside ``tf.data``.
+
+    Args:
+        seed: Where its sequence begins; ``None`` takes a number from Python's ``random``, which
+            ``keras.utils.set_random_seed`` settles.
+
+    Returns:
+        A ``tf.random.Generator``.
+
+    Example:
+        >>> seed = seed_generator(0).make_seeds(1)[:, 0]
+    """
+    import tensorflow as tf
+
+    seed = random.randrange(2**31) if seed is None else seed
+    with tf.init_scope(), tf.device("CPU:0"):  # where tf.data runs
+        return tf.random.Generator.from_seed(seed, alg="philox")
 
 
 def stateless(layer_class: Any, **options: Any) -> Callable[[Any, Any], Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from functools import cached_property
 from typing import Any
 
 from tfimm_lora.data.errors import DataError
 from tfimm_lora.data.image_input import is_tensorflow
-from tfimm_lora.data.keras_augmentation import stateless
+from tfimm_lora.data.keras_augmentation import seed_generator, stateless
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,11 +127,7 @@ class Mixup:
 
     @cached_property
     def _generator(self) -> Any:
-        import tensorflow as tf
-
-        seed = random.randrange(2**31) if self.seed is None else self.seed
-        with tf.init_scope(), tf.device("CPU:0"):  # where tf.data runs
-            return tf.random.Generator.from_seed(seed, alg="philox")
+        return seed_generator(self.seed)
 
     @cached_property
     def _compiled(self) -> Any:

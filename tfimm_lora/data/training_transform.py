@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 import re
 from collections.abc import Callable
 from functools import cached_property
@@ -16,7 +15,7 @@ from PIL import Image, ImageOps
 from tfimm_lora.data.errors import DataError
 from tfimm_lora.data.evaluation_transform import normalize_pixels
 from tfimm_lora.data.image_input import as_bytes, as_image_tensor, as_picture, is_tensorflow
-from tfimm_lora.data.keras_augmentation import rand_augment, stateless
+from tfimm_lora.data.keras_augmentation import rand_augment, seed_generator, stateless
 from tfimm_lora.data.pillow_resample import INTERPOLATIONS, resize
 from tfimm_lora.data.transforms import check_name, to_channels
 
@@ -193,11 +192,7 @@ class TrainingTransform:
 
     @cached_property
     def _generator(self) -> Any:
-        import tensorflow as tf
-
-        seed = random.randrange(2**31) if self.seed is None else self.seed
-        with tf.init_scope(), tf.device("CPU:0"):  # where tf.data runs
-            return tf.random.Generator.from_seed(seed, alg="philox")
+        return seed_generator(self.seed)
 
     def _next_seed(self) -> Any:
         return self._generator.make_seeds(1)[:, 0]

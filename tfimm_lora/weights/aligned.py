@@ -53,7 +53,7 @@ def aligned(value: np.ndarray, dtype: Any) -> np.ndarray:
         return value
     copy = empty_aligned(value.shape, dtype)
     if value.ndim == 2 and value.strides[0] < value.strides[1]:
-        # A transposed matrix is read in the order of its columns; tile by tile it stays in the cache.
+        # Transposed: read tile by tile, it stays in the cache.
         for i in range(0, value.shape[0], _TILE):
             for j in range(0, value.shape[1], _TILE):
                 copy[i : i + _TILE, j : j + _TILE] = value[i : i + _TILE, j : j + _TILE]
