@@ -46,6 +46,14 @@ CHANGES = [
     ("vit_small_patch14_dinov2", {"img_size": (6, 4), "num_classes": 9}),
     ("vit_small_patch14_reg4_dinov2", {"img_size": (2, 5), "in_chans": 1}),
     ("vit_xsmall_patch16_clip_224", {"img_size": (5, 5), "num_classes": 0}),
+    ("deit_tiny_distilled_patch16_224", {"img_size": (4, 5), "num_classes": 7, "in_chans": 2}),
+    ("flexivit_small", {"img_size": (5, 2), "num_classes": 3}),  # bilinear, not antialiased
+    ("flexivit_small", {"patch_size": 24, "img_size": (2, 4)}),
+    ("flexivit_small", {"patch_size": 8, "img_size": (6, 5)}),
+    ("test_vit3", {"img_size": (2, 4), "in_chans": 1, "num_classes": 4}),  # attention pooling
+    ("vit_base_patch16_radio_v3", {"img_size": (5, 4), "in_chans": 4}),  # with corners aligned
+    ("vit_so400m_patch16_radio_v4", {"img_size": (2, 6)}),
+    ("vit_dpwee_patch16_reg1_gap_256", {"img_size": (2, 5), "num_classes": 6}),
     ("convnext_atto", {"in_chans": 1}),
     ("convnext_atto", {"in_chans": 5, "num_classes": 5}),
     ("convnext_atto", {"img_size": (96, 32)}),
@@ -81,7 +89,8 @@ def compare(model: Any, adapted: Path, nb_classes: int, fresh_head: bool) -> dic
     """Relative errors; a fresh head is taken over from timm, everything else has to be equal."""
     ours, theirs = timm_weights(model), load_tensors(adapted / "weights.safetensors")
     assert sorted(ours) == sorted(theirs)
-    head = {"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"} if fresh_head else set()
+    heads = ("head", "head_dist", "head.fc")
+    head = {f"{h}.{leaf}" for h in heads for leaf in ("weight", "bias")} if fresh_head else set()
     for key in set(theirs) - head:
         np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-5, atol=5e-6, err_msg=key)
     if head:
