@@ -18,7 +18,7 @@ from tfimm_lora.architectures.base import ImageModel
 from tfimm_lora.architectures.config import ModelConfig
 from tfimm_lora.architectures.features import take_indices
 from tfimm_lora.architectures.serialization import keras_serializable
-from tfimm_lora.layers import Dropout, DropPath, Mlp, create_norm, get_activation
+from tfimm_lora.layers import Mlp, create_drop_path, create_dropout, create_norm, get_activation
 from tfimm_lora.layers.pooling import POOLINGS, pool
 
 # Stem layers in timm's order: (kind, width relative to dims[0], kernel, stride). timm numbers the
@@ -147,7 +147,7 @@ class ConvNeXtBlock(keras.layers.Layer):
             use_grn=cfg.use_grn,
             name="mlp",
         )
-        self.drop_path = DropPath(drop_path, name="drop_path")
+        self.drop_path = create_drop_path(drop_path, name="drop_path")
 
     def build(self, input_shape: Any) -> None:
         input_shape = tuple(input_shape)
@@ -218,7 +218,7 @@ class ConvNeXtHead(keras.layers.Layer):
         self.pre_logits = None
         if cfg.head_hidden_size:
             self.pre_logits = _PreLogits(cfg.head_hidden_size, name="pre_logits")
-        self.drop = Dropout(cfg.drop_rate, name="drop")
+        self.drop = create_dropout(cfg.drop_rate, name="drop")
         self.fc = None
         if cfg.nb_classes:
             self.fc = keras.layers.Dense(cfg.nb_classes, kernel_initializer=init, name="fc")

@@ -19,7 +19,7 @@ from tfimm_lora.architectures.features import take_indices
 from tfimm_lora.architectures.serialization import keras_serializable
 from tfimm_lora.architectures.vit_blocks import BLOCKS
 from tfimm_lora.architectures.vit_config import ViTConfig
-from tfimm_lora.layers import AttentionPoolLatent, Dropout, PatchEmbed, create_norm
+from tfimm_lora.layers import AttentionPoolLatent, PatchEmbed, create_dropout, create_norm
 from tfimm_lora.layers.pooling import pool
 from tfimm_lora.layers.resample import resample_patch_kernel, resample_position_table
 
@@ -50,7 +50,7 @@ class ViT(ImageModel):
             norm_eps=cfg.norm_eps,
             name="patch_embed",
         )
-        self.pos_drop = Dropout(cfg.pos_drop_rate, name="pos_drop")
+        self.pos_drop = create_dropout(cfg.pos_drop_rate, name="pos_drop")
 
         def norm(name: str, wanted: bool) -> keras.layers.Layer | None:
             return create_norm(cfg.norm_layer, cfg.norm_eps, name) if wanted else None
@@ -74,7 +74,7 @@ class ViT(ImageModel):
                 name="attn_pool",
             )
         self.fc_norm = norm("fc_norm", cfg.uses_fc_norm)
-        self.head_drop = Dropout(cfg.drop_rate, name="head_drop")
+        self.head_drop = create_dropout(cfg.drop_rate, name="head_drop")
 
         def head(name: str, wanted: bool) -> keras.layers.Layer | None:
             if not wanted:

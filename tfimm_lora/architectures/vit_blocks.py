@@ -11,11 +11,11 @@ from tfimm_lora.architectures.vit_config import ViTConfig
 from tfimm_lora.layers import (
     Attention,
     DiffAttention,
-    Dropout,
-    DropPath,
     LayerScale,
     Mlp,
     SwiGLU,
+    create_drop_path,
+    create_dropout,
     create_norm,
     get_activation,
 )
@@ -84,11 +84,11 @@ class ViTBlock(_ViTLayer):
         self.norm1 = _norm(cfg, "norm1")
         self.attn = _attention(cfg, index)
         self.ls1 = _layer_scale(cfg, "ls1")
-        self.drop_path1 = DropPath(drop_path, name="drop_path1")
+        self.drop_path1 = create_drop_path(drop_path, name="drop_path1")
         self.norm2 = _norm(cfg, "norm2")
         self.mlp = _mlp(cfg)
         self.ls2 = _layer_scale(cfg, "ls2")
-        self.drop_path2 = DropPath(drop_path, name="drop_path2")
+        self.drop_path2 = create_drop_path(drop_path, name="drop_path2")
 
     def build(self, input_shape: Any) -> None:
         self._build_all(
@@ -117,10 +117,10 @@ class ResPostBlock(_ViTLayer):
             arguments["gamma_initializer"] = keras.initializers.Constant(cfg.init_values)
         self.attn = _attention(cfg, index)
         self.norm1 = _norm(cfg, "norm1", **arguments)
-        self.drop_path1 = DropPath(drop_path, name="drop_path1")
+        self.drop_path1 = create_drop_path(drop_path, name="drop_path1")
         self.mlp = _mlp(cfg)
         self.norm2 = _norm(cfg, "norm2", **arguments)
-        self.drop_path2 = DropPath(drop_path, name="drop_path2")
+        self.drop_path2 = create_drop_path(drop_path, name="drop_path2")
 
     def build(self, input_shape: Any) -> None:
         self._build_all(input_shape, self.attn, self.norm1, self.mlp, self.norm2)
@@ -147,11 +147,11 @@ class _ParallelBlock(_ViTLayer):
         self.in_norm = _norm(cfg, "in_norm")
         self.in_proj = self._dense(self.hidden + 3 * self.dim, cfg.qkv_bias, "in_proj")
         self.mlp_act = get_activation(cfg.act_layer)
-        self.mlp_drop = Dropout(cfg.proj_drop_rate, name="mlp_drop")
+        self.mlp_drop = create_dropout(cfg.proj_drop_rate, name="mlp_drop")
         self.ls = None
         if cfg.init_values is not None:
             self.ls = LayerScale(cfg.init_values, name="ls")
-        self.drop_path = DropPath(drop_path, name="drop_path")
+        self.drop_path = create_drop_path(drop_path, name="drop_path")
 
     @staticmethod
     def _dense(width: int, use_bias: bool, name: str) -> keras.layers.Layer:
@@ -194,7 +194,7 @@ class ParallelScalingBlock(_ParallelBlock):
         super().__init__(cfg, drop_path, **kwargs)
         self.q_norm = _norm(cfg, "q_norm") if cfg.qk_norm else None
         self.k_norm = _norm(cfg, "k_norm") if cfg.qk_norm else None
-        self.attn_drop = Dropout(cfg.attn_drop_rate, name="attn_drop")
+        self.attn_drop = create_dropout(cfg.attn_drop_rate, name="attn_drop")
         self.attn_out_proj = self._dense(self.dim, cfg.proj_bias, "attn_out_proj")
         self.mlp_out_proj = self._dense(self.dim, cfg.proj_bias, "mlp_out_proj")
 
@@ -253,7 +253,7 @@ class _Branch(_ViTLayer):
         self.norm = _norm(cfg, "norm")
         self.branch = branch
         self.ls = _layer_scale(cfg, "ls")
-        self.drop_path = DropPath(drop_path, name="drop_path")
+        self.drop_path = create_drop_path(drop_path, name="drop_path")
 
     def build(self, input_shape: Any) -> None:
         self._build_all(input_shape, self.norm, self.branch, self.ls)

@@ -4,7 +4,7 @@ from tfimm_lora.layers.activation import get_activation
 from tfimm_lora.layers.attention import Attention
 from tfimm_lora.layers.attention_pool import AttentionPoolLatent
 from tfimm_lora.layers.diff_attention import DiffAttention
-from tfimm_lora.layers.drop import Dropout, DropPath
+from tfimm_lora.layers.drop import Dropout, DropPath, create_drop_path, create_dropout
 from tfimm_lora.layers.layer_scale import LayerScale
 from tfimm_lora.layers.mlp import Mlp
 from tfimm_lora.layers.norm import GlobalResponseNorm, RMSNorm, SimpleNorm, create_norm
@@ -24,6 +24,8 @@ __all__ = [
     "RMSNorm",
     "SimpleNorm",
     "SwiGLU",
+    "create_drop_path",
+    "create_dropout",
     "create_norm",
     "get_activation",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tfimm_lora.layers.drop import Dropout
+from tfimm_lora.layers.drop import create_dropout
 from tfimm_lora.layers.norm import create_norm
 
 
@@ -108,12 +108,12 @@ class Attention(keras.layers.Layer):
         )
         self.q_norm = create_norm(norm_layer, norm_eps, "q_norm") if qk_norm else None
         self.k_norm = create_norm(norm_layer, norm_eps, "k_norm") if qk_norm else None
-        self.attn_drop = Dropout(attn_drop_rate, name="attn_drop")
+        self.attn_drop = create_dropout(attn_drop_rate, name="attn_drop")
         self.norm = create_norm(norm_layer, norm_eps, "norm") if scale_norm else None
         self.proj = keras.layers.Dense(
             dim, use_bias=proj_bias, kernel_initializer=init.clone(), name="proj"
         )
-        self.proj_drop = Dropout(proj_drop_rate, name="proj_drop")
+        self.proj_drop = create_dropout(proj_drop_rate, name="proj_drop")
 
     def build(self, input_shape: Any) -> None:
         input_shape = tuple(input_shape)

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from tfimm_lora.layers.attention import attention_weights, heads_first, merge_heads, split_heads
-from tfimm_lora.layers.drop import Dropout
+from tfimm_lora.layers.drop import create_dropout
 from tfimm_lora.layers.norm import RMSNorm, create_norm
 
 _SUB_NORM_EPSILON = 1e-5
@@ -40,7 +40,7 @@ class DifferentialHeads:
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * index)
         self.q_norm = create_norm(norm_layer, norm_eps, "q_norm") if qk_norm else None
         self.k_norm = create_norm(norm_layer, norm_eps, "k_norm") if qk_norm else None
-        self.attn_drop = Dropout(drop, name="attn_drop")
+        self.attn_drop = create_dropout(drop, name="attn_drop")
         self.sub_norm = RMSNorm(_SUB_NORM_EPSILON, name="sub_norm")
 
     def build_differential(self) -> None:
@@ -138,7 +138,7 @@ class DiffAttention(DifferentialHeads, keras.layers.Layer):
         self.proj = keras.layers.Dense(
             dim, use_bias=proj_bias, kernel_initializer=init.clone(), name="proj"
         )
-        self.proj_drop = Dropout(proj_drop_rate, name="proj_drop")
+        self.proj_drop = create_dropout(proj_drop_rate, name="proj_drop")
 
     def build(self, input_shape: Any) -> None:
         input_shape = tuple(input_shape)

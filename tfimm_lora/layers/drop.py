@@ -6,6 +6,7 @@ draw other masks than the run that never stopped. These layers write it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -89,3 +90,35 @@ class DropPath(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rate": self.rate}
+
+
+def _unchanged(inputs: Any, training: bool | None = None) -> Any:
+    return inputs
+
+
+def create_dropout(rate: float, name: str) -> Callable[..., Any]:
+    """Creates a dropout layer, or for rate 0 a function that returns its input.
+
+    A third of a model's layers would else be created and called to do nothing.
+
+    Args:
+        rate: See :class:`Dropout`.
+        name: The layer's name.
+
+    Example:
+        >>> drop = create_dropout(0.0, name="drop")
+    """
+    return Dropout(rate, name=name) if rate else _unchanged
+
+
+def create_drop_path(rate: float, name: str) -> Callable[..., Any]:
+    """Creates a layer of stochastic depth, or for rate 0 a function that returns its input.
+
+    Args:
+        rate: See :class:`DropPath`.
+        name: The layer's name.
+
+    Example:
+        >>> drop_path = create_drop_path(0.1, name="drop_path")
+    """
+    return DropPath(rate, name=name) if rate else _unchanged

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from tfimm_lora.layers.activation import get_activation
-from tfimm_lora.layers.drop import Dropout
+from tfimm_lora.layers.drop import create_dropout
 from tfimm_lora.layers.norm import GlobalResponseNorm, create_norm
 
 
@@ -77,11 +77,11 @@ class Mlp(keras.layers.Layer):
 
         self.fc1 = linear(hidden_features, "fc1")
         self.act = get_activation(act_layer)
-        self.drop1 = Dropout(drop_rate, name="drop1")
+        self.drop1 = create_dropout(drop_rate, name="drop1")
         self.norm = create_norm(norm_layer, norm_eps, "norm") if norm_layer else None
         self.grn = GlobalResponseNorm(name="grn") if use_grn else None
         self.fc2 = linear(out_features, "fc2")
-        self.drop2 = Dropout(drop_rate, name="drop2")
+        self.drop2 = create_dropout(drop_rate, name="drop2")
 
     def build(self, input_shape: Any) -> None:
         input_shape = tuple(input_shape)

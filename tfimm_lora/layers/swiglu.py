@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from tfimm_lora.layers.activation import get_activation
-from tfimm_lora.layers.drop import Dropout
+from tfimm_lora.layers.drop import create_dropout
 from tfimm_lora.layers.norm import create_norm
 
 
@@ -62,10 +62,10 @@ class SwiGLU(keras.layers.Layer):
         self.fc1_g = dense(hidden_features, "fc1_g")
         self.fc1_x = dense(hidden_features, "fc1_x")
         self.act = get_activation(act_layer)
-        self.drop1 = Dropout(drop_rate, name="drop1")
+        self.drop1 = create_dropout(drop_rate, name="drop1")
         self.norm = create_norm(norm_layer, norm_eps, "norm") if norm_layer else None
         self.fc2 = dense(out_features, "fc2")
-        self.drop2 = Dropout(drop_rate, name="drop2")
+        self.drop2 = create_dropout(drop_rate, name="drop2")
 
     def build(self, input_shape: Any) -> None:
         input_shape = tuple(input_shape)
