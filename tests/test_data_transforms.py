@@ -370,13 +370,6 @@ def test_equalization_is_that_of_keras(monkeypatch):
     np.testing.assert_allclose(made(tf.constant(images)), np.asarray(expected), atol=1e-4)
 
 
-def test_rand_augment_of_an_old_keras_is_refused(monkeypatch):
-    monkeypatch.setattr(keras, "__version__", "3.10.0")
-    transform = create_transform(VIT, True, input_size=16, auto_augment="rand-m9")
-    with pytest.raises(ImportError, match=r"keras>=3\.11"):
-        transform(pixels(20, 20))
-
-
 # --- Mixup and CutMix ---------------------------------------------------------------------------
 
 

@@ -95,20 +95,11 @@ def rand_augment(num_ops: int, strength: float) -> Callable[[Any, Any], Any]:
     Returns:
         A function of an image, float32 in [0, 255], and a seed of shape (2,).
 
-    Raises:
-        ImportError: This Keras chooses the operations only once, for all images.
-
     Example:
         >>> augment = rand_augment(2, 0.9)
     """
     import keras
     import tensorflow as tf
-
-    if tuple(map(int, keras.__version__.split(".")[:2])) < (3, 11):
-        raise ImportError(
-            f"RandAugment of Keras {keras.__version__} chooses its operations once and applies "
-            "them to every image: pip install 'keras>=3.11'."
-        )
 
     class Equalization(keras.layers.Equalization):
         def _custom_histogram_fixed_width(self, values: Any, value_range: Any, nbins: int) -> Any:

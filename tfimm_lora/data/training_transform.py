@@ -61,7 +61,6 @@ class TrainingTransform:
     Raises:
         DataError: A setting is unknown or out of range, or something else than one image of bytes
             is given.
-        ImportError: ``auto_augment`` needs a newer Keras.
 
     Example:
         >>> dataset = dataset.map(TrainingTransform((3, 224, 224), auto_augment="rand-m9-n2"))
