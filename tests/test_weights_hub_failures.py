@@ -23,11 +23,9 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs links, limits 
 
 NAME = "model.safetensors"
 
-# Downloads one file per case, in one process, and says its SHA-256 or the error. Under the name of
-# the command line the package is imported without Keras, which takes its time.
+# Downloads one file per case, in one process, and says its SHA-256 or the error.
 CLIENT = """
 import hashlib, json, os, sys, time
-sys.argv[0] = "tfimm-lora"
 from huggingface_hub import constants
 from tfimm_lora.weights.download import download
 constants.DOWNLOAD_CHUNK_SIZE = 1000  # of small files; 10 MB chunks are written and resumed

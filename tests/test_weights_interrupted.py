@@ -24,11 +24,9 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals 
 
 # --- A full disk ------------------------------------------------------------------------------
 
-# Files of this process cannot grow beyond a limit, as on a full disk (EFBIG for ENOSPC). Under the
-# name of the command line the package is imported without Keras, which takes its time.
+# Files of this process cannot grow beyond a limit, as on a full disk (EFBIG for ENOSPC).
 FULL_DISK = """
 import resource, sys
-sys.argv[0] = "tfimm-lora"
 import numpy as np
 from tfimm_lora.weights.safetensors_file import write_safetensors
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
@@ -87,7 +85,6 @@ def test_no_space_leaves_the_old_state(what: str, tmp_path, monkeypatch):
 # Writes 1s and 2s in turn, for ever; the loop has begun when a line is printed.
 SAVING = """
 import sys
-sys.argv[0] = "tfimm-lora"
 import numpy as np
 from tfimm_lora.weights.safetensors_file import write_safetensors
 arrays = [{f"t{i}": np.full(100_000, n, "float32") for i in range(20)} for n in (1, 2)]
