@@ -457,6 +457,7 @@ print(keras.backend.backend(), x.dtype, float(x.sum()), float(y[:, 0].sum()), ev
 
 def test_the_backend_makes_no_difference():
     """Keras' layers use TensorFlow inside tf.data, whatever computes the model."""
+    pytest.importorskip("jax", reason="jax comes with the extra 'jax'")
     said = []
     for backend in ("tensorflow", "jax"):
         environment = os.environ | {"KERAS_BACKEND": backend}
