@@ -16,9 +16,9 @@ _NOT_READ = {"architecture", "tag", "hf_hub_id", "hf_hub_filename", "file", "has
 def read_hub_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
     """Reads a ``config.json``.
 
-    As in timm, fields at the top go before those in ``pretrained_cfg``, files of older versions
-    without ``pretrained_cfg`` have all of them at the top, and ``model_args`` say what the saved
-    model's channels and image size were. ``num_features`` and ``global_pool`` at the top are
+    As in timm, ``num_classes`` at the top goes before that in ``pretrained_cfg``, files of older
+    versions without ``pretrained_cfg`` have all facts at the top, and ``model_args`` say what the
+    saved model's channels and image size were. ``num_features`` and ``global_pool`` at the top are
     notes for people; a model's pooling is in ``model_args``.
 
     Args:
