@@ -74,18 +74,13 @@ def write_checkpoint(name: str, path: Path, dtype: str) -> int:
     import keras
 
     import tfimm_lora
-    from tfimm_lora.weights import timm_variables
+    from tfimm_lora.weights.names import timm_variables, to_timm_layout
 
     with keras.StatelessScope(initialize_variables=False):
-        shapes = {}
-        for key, v in timm_variables(tfimm_lora.create_model(name)).items():
-            axes = (
-                {2: (1, 0), 4: (3, 2, 0, 1)}.get(len(v.variable.shape))
-                if v.leaf == "kernel"
-                else None
-            )
-            shape = tuple(v.variable.shape)
-            shapes[key] = tuple(shape[a] for a in axes) if axes else shape
+        shapes = {
+            key: to_timm_layout(v.layer, v.leaf, np.broadcast_to(0.0, v.variable.shape)).shape
+            for key, v in timm_variables(tfimm_lora.create_model(name)).items()
+        }
     keras.utils.clear_session()
     size, header = np.dtype(dtype).itemsize, {}
     end = 0

@@ -15,7 +15,12 @@ from keras import ops
 
 import tfimm_lora
 from tfimm_lora import lora
-from tfimm_lora.weights.names import is_lora_weight, named_variables
+from tfimm_lora.weights.names import (
+    is_lora_weight,
+    iterate_layers,
+    named_variables,
+    timm_path,
+)
 
 TINY_VIT: dict[str, Any] = {
     "embed_dim": 32,
@@ -113,6 +118,16 @@ def relative_error(found: Any, expected: Any) -> float:
     assert np.isfinite(found).all()
     assert np.std(expected) > 1e-4, "outputs that do not vary show nothing"
     return float(np.max(np.abs(found - expected)) / np.std(expected))
+
+
+def adapted_modules(model: keras.Model) -> list[str]:
+    """timm paths of the LoRA layers."""
+    return [timm_path(p) for p, la in iterate_layers(model) if isinstance(la, lora.LoRALayer)]
+
+
+def trained(model: keras.Model) -> set[str]:
+    """Names of the weights that are trained."""
+    return {v.name for v in named_variables(model) if v.variable.trainable}
 
 
 def gradients(model: Any, inputs: Any, training: bool = False) -> dict[str, np.ndarray | None]:

@@ -9,6 +9,7 @@ import pytest
 import tfimm_lora
 from tests.helpers import (
     TINY,
+    adapted_modules,
     assert_same_bits,
     images,
     numpy,
@@ -16,22 +17,13 @@ from tests.helpers import (
     relative_error,
     tiny_lora_model,
     tiny_model,
+    trained,
     values,
 )
 from tfimm_lora import lora
 from tfimm_lora.weights.names import iterate_layers, named_variables, timm_path
 
 both = pytest.mark.parametrize("kind", ["vit", "convnext"])
-
-
-def adapted_modules(model: keras.Model) -> list[str]:
-    """timm paths of the LoRA layers."""
-    return [timm_path(p) for p, la in iterate_layers(model) if isinstance(la, lora.LoRALayer)]
-
-
-def trained(model: keras.Model) -> set[str]:
-    """Names of the weights that are trained."""
-    return {v.name for v in named_variables(model) if v.variable.trainable}
 
 
 def count(weights) -> int:

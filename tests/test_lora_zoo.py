@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 
 import tfimm_lora
-from tests.helpers import assert_same_bits, images, numpy, randomize, relative_error, values
+from tests.helpers import (
+    adapted_modules,
+    assert_same_bits,
+    images,
+    numpy,
+    randomize,
+    relative_error,
+    trained,
+    values,
+)
 from tfimm_lora import lora
 from tfimm_lora.architectures import ViTConfig
 from tfimm_lora.architectures.config import classifier_paths
@@ -80,7 +89,7 @@ def test_convert_train_a_step_and_merge(name: str) -> None:
     x = images(base, batch=2)
     expected = numpy(base(x))
     model = lora.convert_to_lora_model(base, lora_rank=2)
-    adapted = {timm_path(p) for p, la in iterate_layers(model) if isinstance(la, lora.LoRALayer)}
+    adapted = set(adapted_modules(model))
     assert adapted == linear_layers_of_blocks(base)
     np.testing.assert_array_equal(numpy(model(x)), expected)
 
@@ -123,7 +132,7 @@ def test_a_fresh_classifier_is_trained(name: str, heads: tuple[str, ...]) -> Non
     """As many classes as the checkpoint has: frozen; another number: fresh, and trained."""
     for classes, expected in ((None, set()), (5, set(heads))):
         model = lora.create_model(name, nb_classes=classes, lora_rank=2)
-        names = {v.name for v in named_variables(model) if v.variable.trainable}
+        names = trained(model)
         found = {h for h in heads if any(is_below(n, h) for n in names)}
         assert found == expected
         assert all("lora" in n or is_below(n, heads) for n in names)

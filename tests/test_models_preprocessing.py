@@ -81,3 +81,11 @@ def test_inputs_are_not_changed():
 def test_unknown_model_is_refused():
     with pytest.raises(ValueError, match="Unknown model 'convnext_tinny'"):
         tfimm_lora.create_preprocessing("convnext_tinny")
+
+
+def test_a_model_instead_of_its_name():
+    """The facts are those of the checkpoint that it was created from."""
+    model = tfimm_lora.create_model("vit_tiny_patch16_224", depth=1, in_channels=1)
+    model.pretrained_cfg.mean, model.pretrained_cfg.std = (0.25,), (0.5,)
+    found = np.asarray(tfimm_lora.create_preprocessing(model)(np.full((2, 2, 1), 255.0)))
+    np.testing.assert_allclose(found, np.full((2, 2, 1), 1.5), atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -197,3 +198,14 @@ def test_peak_memory_grows_with_what_is_held():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 32 < float(run.stdout) < 128
+
+
+def test_images_are_prepared_as_the_loaded_checkpoint_wants(dataset):
+    """Not as the default checkpoint of the model's name does."""
+    model = tfimm_lora.create_model("vit_digits", depth=1, nb_classes=2)
+    facts = dataclasses.replace(model.pretrained_cfg, mean=(0.0,), std=(1 / 255,))
+    model.pretrained_cfg = facts
+    for batches in make_batches(recipe(), model, dataset):
+        images = next(iter(batches))[0].numpy()
+        assert images.min() >= -1e-3 and images.max() > 100  # bytes, as they were
+        np.testing.assert_allclose(images, np.rint(images), atol=1e-3)

@@ -69,7 +69,7 @@ class EvaluationTransform:
 
             pixels = tf.autograph.experimental.do_not_convert(self._resized_tensor)(image)
         elif isinstance(image, Image.Image):
-            pixels = self._resize(image)
+            pixels = self.resize(image)
         else:
             pixels = self._resized_array(as_bytes(image))
         if not self.normalize:
@@ -79,11 +79,11 @@ class EvaluationTransform:
     @property
     def fill(self) -> tuple[int, ...]:
         """What ``border`` pads with, a byte per channel."""
-        return tuple(round(255 * self.mean[i % len(self.mean)]) for i in range(self.input_size[0]))
+        return tuple(round(255 * float(v)) for v in per_channel(self.mean, self.input_size[0]))
 
     @cached_property
-    def _resize(self) -> Resize:
-        """The geometry, for pictures."""
+    def resize(self) -> Resize:
+        """Resizing and cropping alone, from a picture to bytes."""
         channels, height, width = self.input_size
         rules = (self.interpolation, self.crop_pct, self.crop_mode, self.fill)
         return Resize(height, width, channels, *rules)
@@ -91,7 +91,7 @@ class EvaluationTransform:
     def _resized_array(self, array: np.ndarray) -> np.ndarray:
         channels, height, width = self.input_size
         if channels in (1, 3):
-            return self._resize(as_picture(array))
+            return self.resize(as_picture(array))
         if array.shape[2] != channels:
             raise DataError(
                 f"The array has {array.shape[2]} channels, and the model wants {channels}."

@@ -18,6 +18,7 @@ from tfimm_lora.data.image_input import as_bytes, as_image_tensor, as_picture, i
 from tfimm_lora.data.keras_augmentation import rand_augment, seed_generator, stateless
 from tfimm_lora.data.pillow_resample import INTERPOLATIONS, resize
 from tfimm_lora.data.transforms import check_name, to_channels
+from tfimm_lora.models.normalization import per_channel
 
 CROP_ATTEMPTS = 10
 PROBABILITIES = ("hflip", "vflip", "re_prob")
@@ -176,7 +177,7 @@ class TrainingTransform:
                 options["saturation_factor"] = (0.5 - reach, 0.5 + reach)
                 layers.append(stateless(keras.layers.RandomColorJitter, **options))
             if self.re_prob:
-                fill = [255 * self.mean[i % len(self.mean)] for i in range(self.input_size[0])]
+                fill = (255 * per_channel(self.mean, self.input_size[0])).tolist()
                 constant = tuple(fill) if len(fill) == 3 else fill[0]
                 layers.append(
                     stateless(

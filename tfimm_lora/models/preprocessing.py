@@ -13,12 +13,13 @@ from tfimm_lora.models.registry import model_config, pretrained_config
 
 
 def create_preprocessing(
-    model_name: str, *, in_channels: int | None = None, dtype: str | None = None
+    model_name: Any, *, in_channels: int | None = None, dtype: str | None = None
 ) -> Callable[[Any], Any]:
     """Creates the function that normalises images for a model.
 
     Args:
-        model_name: A registered name, with or without tag.
+        model_name: A registered name, with or without tag; or a model of the zoo, for the
+            checkpoint that it was created from.
         in_channels: Number of channels of the images; ``None`` takes the model's. Mean and
             standard deviation are repeated in turn where there are more than three, and cut where
             there are fewer.
@@ -34,8 +35,11 @@ def create_preprocessing(
     Example:
         >>> images = create_preprocessing("convnext_tiny")(images)
     """
-    facts = pretrained_config(model_name)
-    channels = in_channels or model_config(model_name).in_channels
+    if isinstance(model_name, str):
+        facts, cfg = pretrained_config(model_name), model_config(model_name)
+    else:
+        facts, cfg = model_name.pretrained_cfg, model_name.cfg
+    channels = in_channels or cfg.in_channels
     dtype = dtype or keras.config.floatx()
     mean, std = per_channel(facts.mean, channels), per_channel(facts.std, channels)
 

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tfimm_lora.data import Dataset, Resize, training_batches, validation_batches
+from tfimm_lora.data import (
+    Dataset,
+    EvaluationTransform,
+    create_transform,
+    training_batches,
+    validation_batches,
+)
 from tfimm_lora.tasks import TASKS
 from tfimm_lora.training.config import RunConfig
 from tfimm_lora.training.events import make_callback
@@ -128,19 +134,11 @@ def make_batches(config: RunConfig, model: keras.Model, dataset: Dataset) -> tup
     """
     import tfimm_lora
 
-    assert config.model.name is not None
-    facts, cfg = model.pretrained_cfg, model.cfg
-    height, width = cfg.input_size
-    resize = Resize(
-        height,
-        width,
-        cfg.in_channels,
-        facts.interpolation,
-        facts.crop_pct,
-        facts.crop_mode,
-        fill=tuple(round(255 * value) for value in facts.mean),
-    )
-    preprocess = tfimm_lora.create_preprocessing(config.model.name, in_channels=cfg.in_channels)
+    # The facts are those of the checkpoint that was loaded, whatever the name's default is.
+    transform = create_transform(model)
+    assert isinstance(transform, EvaluationTransform)  # and not the one for training
+    resize = transform.resize
+    preprocess = tfimm_lora.create_preprocessing(model)
     batches = training_batches(
         dataset.train,
         resize,

@@ -6,26 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from tfimm_lora.weights.foreign.dinov2 import add_registers
+from tfimm_lora.weights.foreign.hf_vit import ENCODER_RULES
 from tfimm_lora.weights.foreign.view import Format, Shape, Translation, fuse_qkv, renamed
 
 # In a model with a head the encoder has a name; one that was saved alone has none.
 _ENCODER = r"^dinov2(?:_with_registers)?\."
 _RULES = [
     (_ENCODER, ""),
-    (r"^embeddings\.cls_token$", "cls_token"),
+    *ENCODER_RULES,
     (r"^embeddings\.mask_token$", "mask_token"),
     (r"^embeddings\.register_tokens$", "reg_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.attention\.attention\.query\.", ".attn.q."),
-    (r"\.attention\.attention\.key\.", ".attn.k."),
-    (r"\.attention\.attention\.value\.", ".attn.v."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.weights_in\.", ".mlp.fc1."),
     (r"\.mlp\.weights_out\.", ".mlp.fc2."),
-    (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 ]
 

@@ -9,10 +9,8 @@ from tfimm_lora.weights.foreign.view import Format, Shape, Translation, fuse_qkv
 
 # In a model with a head the encoder has a name; one that was saved alone has none.
 _ENCODER = r"^(?:vit|deit|ijepa)\."
-_RULES = [
-    (_ENCODER, ""),
+ENCODER_RULES = [
     (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^encoder\.layer\.", "blocks."),
@@ -20,11 +18,18 @@ _RULES = [
     (r"\.attention\.attention\.key\.", ".attn.k."),
     (r"\.attention\.attention\.value\.", ".attn.v."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"^layernorm\.", "norm."),
+]
+"""What ViT and its relatives have in common in transformers."""
+
+_RULES = [
+    (_ENCODER, ""),
+    *ENCODER_RULES,
+    (r"^embeddings\.distillation_token$", "dist_token"),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
-    (r"^layernorm\.", "norm."),
     (r"^(?:cls_)?classifier\.", "head."),
     (r"^distillation_classifier\.", "head_dist."),
 ]
