@@ -66,6 +66,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="another text takes another sample of the slow tests; CI takes the commit's hash",
     )
 
+    parser.addoption(
+        "--write-matrix",
+        type=Path,
+        metavar="PAGE",
+        help="write the table of methods and operations from this run's outcomes",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    page = config.getoption("--write-matrix")
+    if page and not hasattr(config, "workerinput"):
+        from tests.matrix_report import MatrixReport
+
+        config.pluginmanager.register(MatrixReport(page))
+
 
 def pytest_report_header(config: pytest.Config) -> str:
     fraction, seed = (config.getoption(f"--sample-{name}") for name in ("slow", "seed"))

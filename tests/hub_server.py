@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import http.server
+import json
 import re
 import socket
 import struct
@@ -16,6 +18,7 @@ from typing import Any
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 TOKEN = "hf_of_the_tests"
 EXPIRED_TOKEN = "hf_expired"
+READ_TOKEN = "hf_that_may_only_read"
 
 
 @dataclasses.dataclass
@@ -57,6 +60,9 @@ class Hub:
         faults: What goes wrong next.
         headers: Added to what is said about large files.
         storage: Address of the storage service Xet that tokens are given out for, ``""``: none.
+        commits: What was committed: repository, message, paths of the files.
+        objects: Large files that were uploaded, by SHA-256, committed or not.
+        private: Repositories that were created as private ones.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,6 +72,9 @@ class Hub:
         self.faults: list[Fault] = []
         self.headers: dict[str, str] = {}
         self.storage = ""
+        self.commits: list[tuple[str, str, list[str]]] = []
+        self.objects: dict[str, bytes] = {}
+        self.private: set[str] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         port = self.server.server_address[1]
@@ -80,6 +89,8 @@ class Hub:
         self.faults.clear()
         self.headers.clear()
         self.storage = ""
+        self.commits.clear()
+        self.objects.clear()
 
     def downloads(self, name: str) -> int:
         """How often a file's content was asked for."""
@@ -106,9 +117,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer(body=True)
 
-    def fail(self, status: int, code: str = "", message: str = "") -> None:
+    def do_POST(self) -> None:
+        self.write_request()
+
+    def do_PUT(self) -> None:
+        self.write_request()
+
+    def fail(self, status: int, code: str = "", message: str = "", commit: str = "") -> None:
         self.send_response(status)
-        for header, value in (("X-Error-Code", code), ("X-Error-Message", message)):
+        said = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
+        for header, value in said.items():
             if value:
                 self.send_header(header, value)
         self.send_header("Content-Length", "0")
@@ -126,6 +144,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             repo, revision, name = stored.groups()
             content = (hub.folder / f"{repo}@{revision}" / name).read_bytes()
             return self.send_content(content, fault) if body else self.fail(404)
+        model = re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)", self.path)
+        if model:
+            return self.send_model(model[1], authorised)
         match = re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
         if "/xet-read-token/" in self.path and hub.storage:
             return self.send_storage_token()
@@ -145,7 +166,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not folder.is_dir():
             return self.fail(404, "RevisionNotFound", "Invalid rev id")
         if not (folder / name).is_file():
-            return self.fail(404, "EntryNotFound", "Entry not found")
+            # With the commit the client notes that the file is not there.
+            return self.fail(404, "EntryNotFound", "Entry not found", COMMITS[revision])
         content = (folder / name).read_bytes()
         if name.endswith(".safetensors"):
             self.send_response(302)
@@ -200,3 +222,99 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
             self.connection.close()
         self.close_connection = True
+
+    def send_json(self, content: Any, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def send_model(self, repo: str, authorised: bool) -> None:
+        folder = self.hub.folder / f"{repo}@main"
+        if not folder.is_dir() or (repo in self.hub.private and not authorised):
+            return self.fail(401, "RepoNotFound", "Repository not found")
+        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        siblings = [{"rfilename": name} for name in files]
+        facts = {"id": repo, "private": repo in self.hub.private, "siblings": siblings}
+        return self.send_json({**facts, "sha": COMMITS["main"], "tags": [], "downloads": 0})
+
+    def write_request(self) -> None:
+        """Creating a repository and committing to it, large files through the store."""
+        hub, sent = self.hub, self.headers.get("Authorization")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.partition("?")[0]
+        hub.requests.append((self.command, path, sent == f"Bearer {TOKEN}"))
+        fault = hub.fault(self.command, path)
+        if fault.status:
+            return self.fail(fault.status)
+        stored = re.fullmatch(r"/store/upload/([0-9a-f]{64})", path)
+        if stored:
+            # The address is signed, so there is no token; the store checks what it gets.
+            if hashlib.sha256(body).hexdigest() != stored[1]:
+                return self.fail(400)
+            hub.objects[stored[1]] = body
+            return self.send_json({})
+        if sent == f"Bearer {READ_TOKEN}":
+            return self.fail(403, message="You don't have the rights to create a model")
+        if sent != f"Bearer {TOKEN}":
+            return self.fail(401, message="Invalid username or password.")
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        batch = re.fullmatch(r"/([\w-]+/[\w.-]+)\.git/info/lfs/objects/batch", path)
+        if batch:
+            return self.send_uploads(json.loads(body))
+        match = re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)/(preupload|commit)/main", path)
+        if not match or not (hub.folder / f"{match[1]}@main").is_dir():
+            return self.fail(404, "RepoNotFound", "Repository not found")
+        if match[2] == "commit":
+            return self.commit(match[1], [json.loads(line) for line in body.splitlines()])
+        modes = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        return self.send_json({"files": modes})
+
+    def create(self, wish: dict[str, Any]) -> None:
+        repo = f"{wish['organization']}/{wish['name']}"
+        address = {"url": f"{self.hub.endpoint}/{repo}"}
+        if (self.hub.folder / f"{repo}@main").is_dir():
+            return self.send_json({**address, "error": "You already created this model repo"}, 409)
+        (self.hub.folder / f"{repo}@main").mkdir(parents=True)
+        if wish.get("private") or wish.get("visibility") == "private":
+            self.hub.private.add(repo)
+        return self.send_json(address)
+
+    def send_uploads(self, wish: dict[str, Any]) -> None:
+        objects = [
+            {**o, "actions": {"upload": {"href": f"{self.hub.store}/upload/{o['oid']}"}}}
+            for o in wish["objects"]
+        ]
+        return self.send_json({"transfer": "basic", "objects": objects})
+
+    def commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
+        hub, header = self.hub, lines[0]["value"]
+        if header.get("parentCommit", COMMITS["main"]) != COMMITS["main"]:
+            return self.fail(412, message="A commit has happened since")
+        contents: dict[str, bytes] = {}
+        for line in lines[1:]:
+            value = line["value"]
+            contents[value["path"]] = (
+                base64.b64decode(value["content"])
+                if line["key"] == "file"
+                else hub.objects[value["oid"]]
+            )
+        for name, content in contents.items():
+            file = hub.folder / f"{repo}@main" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        hub.commits.append((repo, header["summary"], sorted(contents)))
+        address = f"{hub.endpoint}/{repo}/commit/{COMMITS['main']}"
+        return self.send_json({"commitUrl": address, "commitOid": COMMITS["main"]})

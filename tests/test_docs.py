@@ -16,7 +16,7 @@ from tfimm_lora import lora, models, weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
-PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("methods/*.md"))]
 # A page's blocks are run one after the other, in one namespace.
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 PARTS = ["lora", "models", "architectures", "layers", "weights"]

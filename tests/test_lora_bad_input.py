@@ -109,19 +109,19 @@ def test_trainable_layers_have_to_exist():
 # --- Ranks that do not fit --------------------------------------------------------------------
 
 
-def test_a_rank_beyond_the_kernel_warns_with_numbers():
-    message = r"fc: rank 9 is larger than the smaller side of its kernel \(12 x 8\).* it has 180 "
-    with pytest.warns(UserWarning, match=message + "weights where the kernel has 96"):
-        sequential(lora.LoRADense(8, lora_rank=9, name="fc"), shape=(12,))
-    with pytest.warns(UserWarning, match=r"\(3 x 3 ?=? ?9|rank 5 .*\(\d+ x 4\)"):
-        sequential(lora.LoRAConv2D(4, 3, lora_rank=5, name="conv"), shape=(5, 5, 3))
-    with pytest.warns(UserWarning, match=r"rank 10 .*\(9 x 12\)"):
-        sequential(lora.LoRADepthwiseConv2D(3, lora_rank=10, name="dw"), shape=(5, 5, 12))
+def test_an_adapter_larger_than_its_kernel_warns_with_both_numbers():
+    message = r"fc: the adapter has 100 weights where the kernel \(12 x 8\) has 96. Use a lower "
+    with pytest.warns(UserWarning, match=message):
+        sequential(lora.LoRADense(8, lora_rank=5, name="fc"), shape=(12,))
+    with pytest.warns(UserWarning, match=r"124 weights where the kernel \(27 x 4\) has 108"):
+        sequential(lora.LoRAConv2D(4, 3, lora_rank=4, name="conv"), shape=(5, 5, 3))
+    with pytest.warns(UserWarning, match=r"126 weights where the kernel \(9 x 12\) has 108"):
+        sequential(lora.LoRADepthwiseConv2D(3, lora_rank=6, name="dw"), shape=(5, 5, 12))
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_rank_as_large_as_the_kernel_does_not_warn():
-    sequential(lora.LoRADense(8, lora_rank=8, name="fc"), shape=(12,))
+def test_an_adapter_smaller_than_its_kernel_does_not_warn():
+    sequential(lora.LoRADense(8, lora_rank=4, name="fc"), shape=(12,))
 
 
 def test_a_rank_has_to_be_a_multiple_of_the_groups():
@@ -188,7 +188,7 @@ def test_regular_models_have_nothing_to_merge():
             function(model)
     with pytest.raises(ValueError, match="it is a regular model already"):
         lora.convert_to_regular_model(model)
-    with pytest.raises(ValueError, match="so there is no adapter to save"):
+    with pytest.raises(ValueError, match=r"is no LoRA model. Use lora.convert_to_lora_model"):
         lora.save_adapter(model, "nowhere")
 
 
@@ -307,7 +307,7 @@ def test_adapter_with_wrong_shapes(adapter):
     name = "base_model.model.blocks.1.mlp.fc1.lora_B.weight"
     edit(folder, lambda t: t.update({name: np.ones((7, 2), "float32")}))
     before = values(model)
-    with pytest.raises(ValueError, match=r"fc1.*shape \(2, 7\) in the adapter and \(2, 128\)"):
+    with pytest.raises(ValueError, match=r"fc1.*shape \(7, 2\) in the adapter and \(128, 2\) in"):
         lora.load_adapter(model, folder)
     assert_same_bits(values(model), before)
 
@@ -350,9 +350,11 @@ def test_adapter_without_config(adapter):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only 'LORA' adapters can be read"),
-        ({"use_dora": True}, "use_dora is set; only plain LoRA and rsLoRA can be read"),
-        ({"init_lora_weights": "pissa"}, "'pissa', which changed the base model's weights"),
+        ({"peft_type": "POLY"}, "peft_type is 'POLY'"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "'pissa_niter_4', which changed the base model's weights",
+        ),
     ],
 )
 def test_adapters_that_are_no_plain_lora(adapter, change: dict, message: str):
@@ -385,7 +387,7 @@ def test_adapter_with_another_rank_or_method(adapter):
         lora.load_adapter(other, folder)
     other = lora.convert_to_lora_model(base, lora_rank=2, **fields)
     lora.merge_lora_weights(other)
-    with pytest.raises(ValueError, match=r"are merged. Call unmerge_lora_weights first"):
+    with pytest.raises(ValueError, match=r"are merged. Call (lora.)?unmerge_lora_weights"):
         lora.load_adapter(other, folder)
 
 

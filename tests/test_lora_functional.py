@@ -27,7 +27,7 @@ def batch(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def modules(model: keras.Model) -> set[str]:
-    return {timm_path(p) for p, la in iterate_layers(model) if isinstance(la, lora.LoRALayer)}
+    return {timm_path(p) for p, la in iterate_layers(model) if getattr(la, "adapters", None)}
 
 
 def check(base: keras.Model, x, tmp_path, expected: set[str] | None = None, **fields):

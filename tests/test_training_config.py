@@ -33,7 +33,8 @@ def test_lora_section_mirrors_the_lora_config():
 
 def test_only_what_is_set_is_passed_on():
     assert LoraSection().arguments() == {
-        "lora_rank": 4, "lora_method": "lora", "lora_dropout": 0.0, "lora_train_bias": "none"
+        "lora_rank": 4, "lora_method": "lora", "lora_dropout": 0.0, "lora_train_bias": "none",
+        "lora_adapter_name": "default",
     }  # fmt: skip
     section = LoraSection(rank=8, targets=["attn.q"], rank_pattern={"blocks.0.*": 2})
     assert section.arguments()["lora_targets"] == ["attn.q"]

@@ -127,12 +127,12 @@ class _Killed(BaseException):
     """Stands for the end of the process: nothing after it runs, not even clean-up code."""
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
 @pytest.mark.parametrize("new_rank", [2, 3])
 def test_an_adapter_is_always_the_old_or_the_new_one(
     renames: int, new_rank: int, tmp_path, monkeypatch
 ):
-    """Killed before, between and behind the renames of an adapter's two files."""
+    """Killed before, between and behind the renames of an adapter's two files and its card."""
     base = tiny_model()
     old, new = tiny_lora_model(lora_rank=2, seed=1), tiny_lora_model(lora_rank=new_rank, seed=2)
     for model in (old, new):
@@ -148,7 +148,7 @@ def test_an_adapter_is_always_the_old_or_the_new_one(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", killed)
-    if renames < 2:
+    if renames < 3:
         with pytest.raises(_Killed):
             lora.save_adapter(new, tmp_path)
     else:

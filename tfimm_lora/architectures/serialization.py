@@ -87,7 +87,9 @@ def keras_serializable(cls: _Model) -> _Model:
         }
         if self.pretrained_cfg is not None:
             config["pretrained_cfg"] = config_to_dict(self.pretrained_cfg)
-        return config
+        # A LoRA model may have more adapters than its config names.
+        further = getattr(self, "_further_config", dict)
+        return {**config, **further()}
 
     def from_config(klass: Any, config: dict[str, Any], custom_objects: Any = None) -> Any:
         config = dict(config)

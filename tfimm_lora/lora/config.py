@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from tfimm_lora.architectures.config import ModelConfig, nearest_names
-from tfimm_lora.lora.methods import INITIALIZATIONS, METHODS
+from tfimm_lora.lora.methods import METHODS
+from tfimm_lora.lora.methods.initialization import family
 
 LORA_PREFIX = "lora_"
 TRAIN_BIAS = ("none", "lora_only", "all")
@@ -21,17 +23,23 @@ class LoRAConfig(ModelConfig):
     Attributes:
         lora_rank: Rank r of the updates. Defaults to 4.
         lora_alpha: Scaling is alpha / r (rsLoRA: alpha / sqrt r); ``None`` means r.
-        lora_method: ``lora`` (arXiv:2106.09685) or ``rslora`` (arXiv:2312.03732).
+        lora_method: One word per method: ``lora`` (arXiv:2106.09685), ``rslora``
+            (arXiv:2312.03732), ...; see the pages of the methods.
         lora_targets: What is adapted; ``None`` takes the architecture's choice. Names, wildcards
             or regular expressions on the timm path, or ``attention``, ``mlp``, ``all``.
         lora_rank_pattern: Rank of the layers that match a pattern.
         lora_alpha_pattern: Alpha of the layers that match a pattern.
         lora_dropout: Dropout on the input of the low-rank path, in training.
-        lora_init: ``kaiming_uniform`` (PEFT's default) or ``gaussian``; ``None`` is the method's.
+        lora_init: ``kaiming_uniform`` (PEFT's default), ``gaussian``, ...; ``None`` is the
+            method's.
+        lora_options: The method's own options, such as ``{"bias": True}``.
+        lora_plus_ratio: How much larger the learning rate of B is than that of all other weights
+            (LoRA+, arXiv:2402.12354); ``None`` for the same.
         lora_train_bias: ``none``, ``lora_only`` (biases of adapted layers) or ``all``.
         lora_train_classifier: ``None`` trains the classifier exactly when it is fresh.
         lora_modules_to_save: timm paths of further layers that are trained in full and saved with
             the adapter (PEFT's term).
+        lora_adapter_name: Name of the model's first adapter. Defaults to ``default``.
 
     Raises:
         ValueError: A value is out of range or unknown.
@@ -48,9 +56,12 @@ class LoRAConfig(ModelConfig):
     lora_alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     lora_dropout: float = 0.0
     lora_init: str | None = None
+    lora_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lora_plus_ratio: float | None = None
     lora_train_bias: str = "none"
     lora_train_classifier: bool | None = None
     lora_modules_to_save: tuple[str, ...] = ()
+    lora_adapter_name: str = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,15 +76,55 @@ class LoRAConfig(ModelConfig):
                 raise ValueError(f"{field} has to be positive, found {alpha!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout has to be in [0, 1), found {self.lora_dropout!r}.")
-        _check_choice("lora_method", self.lora_method, METHODS)
-        _check_choice("lora_train_bias", self.lora_train_bias, TRAIN_BIAS)
-        if self.lora_init is not None:
-            _check_choice("lora_init", self.lora_init, INITIALIZATIONS)
+        check_choice("lora_method", self.lora_method, METHODS)
+        check_choice("lora_train_bias", self.lora_train_bias, TRAIN_BIAS)
+        check_adapter_name(self.lora_adapter_name)
+        self._check_method(METHODS[self.lora_method])
         if self.lora_train_classifier not in (None, True, False):
             raise ValueError(
                 "lora_train_classifier has to be None, True or False, found "
                 f"{self.lora_train_classifier!r}."
             )
+
+    def _check_method(self, method: Any) -> None:
+        """Raises for what the method cannot do."""
+        if self.lora_init is not None:
+            if not method.initializations:
+                raise ValueError(
+                    f"lora_init={self.lora_init!r}: {self.lora_method} has no choice of initial "
+                    "values. Leave lora_init out."
+                )
+            if family(self.lora_init) not in method.initializations:
+                check_choice("lora_init", self.lora_init, method.initializations)
+        if self.lora_targets is not None and not method.takes_targets:
+            raise ValueError(
+                f"lora_targets={self.lora_targets!r}: what {self.lora_method} trains is always the "
+                "same. Leave lora_targets out."
+            )
+        if self.lora_train_classifier is False and method.trains_classifier:
+            raise ValueError(
+                f"lora_train_classifier=False: {self.lora_method} trains the classifier. Leave "
+                "lora_train_classifier out."
+            )
+        if self.lora_plus_ratio is not None:
+            if not self.lora_plus_ratio > 0:
+                raise ValueError(
+                    f"lora_plus_ratio has to be positive, found {self.lora_plus_ratio!r}."
+                )
+            if method.factor_b is None:
+                raise ValueError(
+                    f"lora_plus_ratio={self.lora_plus_ratio!r}: {self.lora_method} has no factor B "
+                    "that could have a learning rate of its own. Leave lora_plus_ratio out."
+                )
+        if self.lora_dropout and not method.takes_dropout:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout!r}: {self.lora_method} has no path of its own "
+                "whose inputs could be dropped. Leave lora_dropout out."
+            )
+        known = [field.name for field in dataclasses.fields(method.Options)]
+        for option in self.lora_options:
+            check_choice(f"option of {self.lora_method} in lora_options", option, known)
+        method.Options(**self.lora_options)
 
 
 def check_rank(field: str, rank: Any) -> None:
@@ -86,11 +137,28 @@ def check_rank(field: str, rank: Any) -> None:
         raise ValueError(f"{field} has to be an integer of at least 1, found {rank!r}.")
 
 
-def _check_choice(field: str, value: str, known: Any) -> None:
+def check_choice(field: str, value: str, known: Any) -> None:
+    """Raises unless a value is one of those known.
+
+    Raises:
+        ValueError: It is not.
+    """
     if value not in known:
         raise ValueError(
             f"Unknown {field} {value!r}.{nearest_names(str(value), known)} Use one of "
-            f"{', '.join(known)}."
+            f"{', '.join(known) or 'none: it takes none'}."
+        )
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises unless a name can be that of an adapter, of a folder and of a part of a variable.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(
+            f"An adapter's name is made of letters, digits, '_' and '-', found {name!r}."
         )
 
 

@@ -22,9 +22,10 @@ from tfimm_lora.lora.functional import (
     is_functional,
     regular_functional_model,
 )
-from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.keeps_adapters import FACTS, KeepsAdapters
+from tfimm_lora.lora.layer import is_adapted
 from tfimm_lora.lora.merge import lora_layers
-from tfimm_lora.lora.model import LoRAModel
+from tfimm_lora.lora.methods.base import kernel_value
 from tfimm_lora.lora.registry import lora_architecture, lora_base_architecture
 from tfimm_lora.lora.trainable import fully_trained_layers, set_trainable
 from tfimm_lora.models.factory import build_model, create_features, create_with_class
@@ -88,7 +89,7 @@ def _create_lora_model(
         lora, rest = split_lora_values(kwargs)
         model = create_regular_model(model_name, pretrained, model_path, **rest)
         return convert_to_lora_model(model, **lora)
-    return _flagged(create_with_class(lora_cls, model_name, pretrained, model_path, **kwargs))
+    return _settled(create_with_class(lora_cls, model_name, pretrained, model_path, **kwargs))
 
 
 def _holds_lora_weights(path: Path) -> bool:
@@ -98,7 +99,7 @@ def _holds_lora_weights(path: Path) -> bool:
     found = []
 
     def visit(name: str) -> None:
-        if any(part in name for part in LORA_WEIGHT_NAMES):
+        if FACTS in name or any(part in name for part in LORA_WEIGHT_NAMES):
             found.append(name)
 
     with h5py.File(path) as file:
@@ -130,7 +131,7 @@ def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
     """
     if isinstance(model, FeatureExtractor):
         return model.replace_backbone(convert_to_lora_model(model.backbone, **kwargs))
-    if isinstance(model, LoRAFunctional) or lora_layers(model):
+    if isinstance(model, KeepsAdapters) or lora_layers(model):
         raise ValueError(
             "The model has LoRA layers already. Use lora.convert_to_regular_model(model) first, "
             "which merges them."
@@ -142,20 +143,42 @@ def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
             f"{', '.join(map(repr, unknown))}. Pass these to create_model."
         )
     if is_functional(model):
-        return convert_functional_model(model, kwargs)
+        return _settled(convert_functional_model(model, kwargs))
     lora_cls: Any = lora_architecture(type(model))
     cfg = make_config(lora_cls.cfg_class, base_config_values(model.cfg, lora_cls.cfg_class), kwargs)
     facts = getattr(model, "pretrained_cfg", None)
     copy = partial(transfer_weights, model, weights_to_ignore=LORA_WEIGHT_NAMES)
-    return _flagged(build_model(lora_cls, cfg, facts, copy))
+    return _settled(build_model(lora_cls, cfg, facts, copy))
 
 
-def _flagged(model: Any) -> keras.Model:
-    """Sets the flags of variants that do not do so when they are built, as LoRAModel does."""
-    if not isinstance(model, LoRAModel):
+def _settled(model: Any) -> keras.Model:
+    """Gives adapters first values that depend on the kernels, and sets flags."""
+    initialize_adapters(model)
+    if isinstance(model, KeepsAdapters):
+        model._adapter_state.settle(model)
+    else:
         bias = getattr(model.cfg, "lora_train_bias", "none")
         set_trainable(model, bias, fully_trained_layers(model))
     return model
+
+
+def initialize_adapters(model: keras.Model) -> None:
+    """Gives adapters the first values that depend on the kernels, where ``lora_init`` wants some.
+
+    Functions that create or convert models do so themselves. Call it when a LoRA model has got its
+    base weights in another way. Trained adapters are left alone.
+
+    Args:
+        model: A built LoRA model.
+
+    Example:
+        >>> initialize_adapters(model)
+    """
+    for layer in lora_layers(model):
+        for adapter in layer.adapters.values():
+            for update in adapter.updates:
+                if update.initializes:
+                    update.initialize(kernel_value(layer, update.site))
 
 
 def convert_to_regular_model(model: keras.Model) -> keras.Model:
@@ -175,7 +198,7 @@ def convert_to_regular_model(model: keras.Model) -> keras.Model:
     """
     if isinstance(model, FeatureExtractor):
         return model.replace_backbone(convert_to_regular_model(model.backbone))
-    if not lora_layers(model):
+    if not (isinstance(model, KeepsAdapters) or lora_layers(model)):
         raise ValueError(f"{model.name!r} has no LoRA layers; it is a regular model already.")
     copy = partial(transfer_weights, model, weights_to_ignore=LORA_WEIGHT_NAMES)
     if isinstance(model, LoRAFunctional):
@@ -186,8 +209,9 @@ def convert_to_regular_model(model: keras.Model) -> keras.Model:
         values = base_config_values(model.cfg, base_cls.cfg_class)
         cfg = base_cls.cfg_class(**split_lora_values(values)[1])
         regular = build_model(base_cls, cfg, getattr(model, "pretrained_cfg", None), copy)
-    kernels = {v.path: v.variable for v in named_variables(regular) if v.leaf == "kernel"}
+    variables = {v.path: v.variable for v in named_variables(regular)}
     for v in named_variables(model):
-        if v.leaf == "kernel" and isinstance(v.layer, LoRALayer):
-            kernels[v.path].assign(ops.convert_to_numpy(v.layer.adapted_kernel()))
+        if v.leaf in ("kernel", "bias") and is_adapted(v.layer):
+            value = v.layer.adapted_kernel() if v.leaf == "kernel" else v.layer.adapted_bias()
+            variables[v.path].assign(ops.convert_to_numpy(value))
     return regular

@@ -16,11 +16,14 @@ from typing import Any
 import keras
 
 from tfimm_lora.architectures.config import config_to_dict, make_config
+from tfimm_lora.lora.adapter_state import AdapterState
 from tfimm_lora.lora.config import LoRAConfig, split_lora_values
+from tfimm_lora.lora.keeps_adapters import KeepsAdapters
 from tfimm_lora.lora.layers import convert_to_lora_layer, is_adaptable
+from tfimm_lora.lora.methods import METHODS
 from tfimm_lora.lora.replace import parent_of, replace_sublayer
-from tfimm_lora.lora.targets import Target, find_targets
-from tfimm_lora.lora.trainable import set_trainable
+from tfimm_lora.lora.targets import find_targets
+from tfimm_lora.lora.trainable import fully_trained_layers
 from tfimm_lora.models.transfer import transfer_weights
 from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, iterate_layers, timm_path
 
@@ -33,16 +36,16 @@ def is_functional(model: Any) -> bool:
 
 
 @keras.saving.register_keras_serializable(package="tfimm_lora")
-class LoRAFunctional(keras.Model):
+class LoRAFunctional(KeepsAdapters, keras.Model):
     """A functional model with LoRA layers; made by ``convert_to_lora_model``.
 
     Attributes:
         lora_cfg: The LoRA fields it was made with.
-        lora_trainable_layers: Paths of layers that are trained in full.
+        lora_classifier: Path of the last layer that can be adapted, which classifies.
     """
 
     lora_cfg: LoRAConfig
-    lora_trainable_layers: list[str]
+    lora_classifier: str
     _base_config: str
 
     def __init__(self, inputs: Any, outputs: Any, name: str | None = None, **kwargs: Any) -> None:
@@ -51,13 +54,21 @@ class LoRAFunctional(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """The regular model's config and the LoRA fields."""
         lora, _ = split_lora_values(config_to_dict(self.lora_cfg))
-        return {"base": json.loads(self._base_config), "lora": lora}
+        base = json.loads(self._base_config)
+        return {"base": base, "lora": lora, **self._further_config()}
+
+    @property
+    def lora_trainable_layers(self) -> list[str]:
+        """Paths of layers that are trained in full."""
+        return fully_trained_layers(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> keras.Model:
         """Restores the regular model and converts it again."""
         text = json.dumps(config["base"])
-        return _convert(_restore(text, custom_objects), text, config["lora"])
+        model = _convert(_restore(text, custom_objects), text, config["lora"])
+        model._add_further(config.get("lora_adapters", {}), config.get("lora_active"))
+        return model
 
 
 def _restore(text: str, custom_objects: Any = None) -> keras.Model:
@@ -101,37 +112,49 @@ def convert_functional_model(model: keras.Model, fields: dict[str, Any]) -> LoRA
 def _convert(fresh: keras.Model, text: str, fields: dict[str, Any]) -> LoRAFunctional:
     """Turns a restored regular model, whose layers are used up, into a LoRA model."""
     cfg = make_config(LoRAConfig, {}, fields)
-    classifier = _last_adaptable(fresh) if cfg.lora_train_classifier else ""
-    targets = find_targets(fresh, cfg, ("all",), {}, {}, (classifier,))
+    last = _last_adaptable(fresh)
+    classifier = last if cfg.lora_train_classifier else ""
+    in_place = METHODS[cfg.lora_method].in_place
+    targets = [] if in_place else find_targets(fresh, cfg, ("all",), {}, {}, (classifier,))
     if classifier in [t.module for t in targets]:
         raise ValueError(
             f"The classifier {classifier!r} is targeted by lora_targets and trained in full by "
             "lora_train_classifier=True. Use one of the two."
         )
-    clone = _clone(fresh, targets)
+    clone = _clone(fresh, {id(t.layer) for t in targets})
     lora_model = LoRAFunctional(*_structure(clone), name=fresh.name)
     lora_model.lora_cfg = cfg
+    lora_model.lora_classifier = last
+    METHODS[cfg.lora_method].check_model(lora_model, cfg)
     lora_model._base_config = text
-    full = [*([classifier] if classifier else []), *cfg.lora_modules_to_save]
-    lora_model.lora_trainable_layers = full
-    set_trainable(lora_model, cfg.lora_train_bias, full)
+    lora_model._adapter_state = AdapterState({cfg.lora_adapter_name: cfg})
+    for path, layer in iterate_layers(lora_model):
+        arguments = {t.path: t.arguments for t in targets}.get(path)
+        if arguments is not None:
+            layer.add_adapter(cfg.lora_adapter_name, **arguments)
+    lora_model._adapter_state.settle(lora_model)
     return lora_model
 
 
-def _clone(fresh: keras.Model, targets: list[Target]) -> keras.Model:
-    by_id = {id(t.layer): t for t in targets}
+def _clone(fresh: keras.Model, targeted: set[int]) -> keras.Model:
+    """The model with every layer that can be adapted as LoRA layer, adapted now or later."""
+    adaptable = targeted | {
+        id(la)
+        for _, la in iterate_layers(fresh)
+        if is_adaptable(la) and la.built and not getattr(la, "lora_enabled", False)
+    }
 
     def choose(layer: Any) -> Any:
-        if id(layer) not in by_id:
+        if id(layer) not in adaptable:
             return layer
-        return convert_to_lora_layer(_unbuilt(layer), **by_id[id(layer)].arguments)
+        return convert_to_lora_layer(_unbuilt(layer), lora_method=None)
 
     # A functional subclass (KerasHub's backbones) becomes a plain functional model.
     plain = keras.Model(*_structure(fresh), name=fresh.name)
     clone = keras.models.clone_model(plain, clone_function=choose, recursive=True)
     for path, layer in list(iterate_layers(clone)):
-        if id(layer) in by_id:
-            _exchange(clone, path, layer, by_id[id(layer)])
+        if id(layer) in adaptable:
+            _exchange(clone, path, layer)
     return clone
 
 
@@ -153,9 +176,9 @@ def _structure(model: keras.Model) -> tuple[Any, Any]:
     )
 
 
-def _exchange(model: keras.Model, path: str, layer: Any, target: Target) -> None:
+def _exchange(model: keras.Model, path: str, layer: Any) -> None:
     """Exchanges a layer inside a built composite one."""
-    new = convert_to_lora_layer(_unbuilt(layer), **target.arguments)
+    new = convert_to_lora_layer(_unbuilt(layer), lora_method=None)
     with contextlib.ExitStack() as scopes:
         # The names of the parents, so that the new variables get the paths of the old ones.
         for part in path.split("/")[:-1]:

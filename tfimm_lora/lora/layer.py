@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from tfimm_lora.layers import Dropout
-from tfimm_lora.lora.config import check_rank
-from tfimm_lora.lora.methods import METHODS
-from tfimm_lora.lora.methods.base import Method, Site
+from tfimm_lora.lora.forward import additive, by_site, forward, scaled
+from tfimm_lora.lora.layer_adapter import LORA_ARGUMENTS, LayerAdapter
 from tfimm_lora.lora.operations import Operation
+from tfimm_lora.lora.per_example_layer import call_layer
+from tfimm_lora.lora.per_example_layer import current as per_example
 from tfimm_lora.weights.names import variable_value
 
-LORA_ARGUMENTS: dict[str, Any] = {
-    "lora_rank": 4,
-    "lora_alpha": None,
-    "lora_method": "lora",
-    "lora_dropout": 0.0,
-    "lora_init": None,
-    "lora_train_bias": "none",
-    "lora_slices": None,
-}
+
+class _Table:
+    """Holds dictionaries that Keras would track, and copy, as attributes of a layer."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, LayerAdapter] = {}
+        self.unmerged: dict[str, np.ndarray] = {}
 
 
 class LoRALayer:
-    """Mixin that adds an update to a Keras layer with a kernel.
+    """Mixin that lets adapters change what a Keras layer with a kernel does.
 
-    The kernel is frozen; what the method adds is trained. See :class:`LoRADense` for the
-    arguments.
+    With an adapter the kernel is frozen, and what the method adds is trained. Adapters come and
+    go by name; without one the layer is the Keras layer. See :class:`LoRADense` for the arguments.
 
     Attributes:
         is_lora_layer: Always ``True``.
         operation: How the layer uses its kernel.
-        updates: One method instance per adapted slice (one for the whole kernel).
-        merged: Whether the updates are part of the kernel at the moment.
+        merged: Whether the active adapters are part of the kernel at the moment.
     """
 
     is_lora_layer = True
@@ -45,197 +42,265 @@ class LoRALayer:
     # What the Keras layer behind this mixin brings.
     activation: Any
     bias: Any
+    built: bool
     kernel: Any
     compute_dtype: str
     dtype_policy: Any
+    name: str
     path: str
+    add_loss: Any
+    add_weight: Any
+    _tracker: Any
+    _untrack_variable: Any
+    # The arguments of the first adapter.
     lora_alpha: Any
     lora_dropout: float
     lora_init: Any
-    lora_method: str
+    lora_method: Any
+    lora_options: Any
     lora_rank: Any
     lora_slices: Any
     lora_train_bias: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        fields = {name: kwargs.pop(name, default) for name, default in LORA_ARGUMENTS.items()}
+        first = {name: kwargs.pop(name, default) for name, default in LORA_ARGUMENTS.items()}
+        others = kwargs.pop("lora_adapters", None) or {}
+        active = kwargs.pop("lora_active", None)
         super().__init__(*args, **kwargs)
-        check_rank("lora_rank", fields["lora_rank"])
-        if fields["lora_method"] not in METHODS:
-            raise ValueError(
-                f"Unknown lora_method {fields['lora_method']!r}. Use one of {', '.join(METHODS)}."
-            )
-        for name, value in fields.items():
-            setattr(self, name, value)
         self.merged = False
-        self.updates: list[Method] = []
-        self._unmerged: dict[str, np.ndarray] = {}
+        self._table = _Table()
+        self._active: tuple[str, ...] = ()
         self._misfit = ""
-        rate = self.lora_dropout
-        self.lora_dropout_layer = (
-            Dropout(rate, name="lora_dropout", dtype=self.dtype_policy) if rate else None
-        )
+        self._show_arguments(first)
+        if first["lora_method"] is not None:
+            self.add_adapter("default", **first)
+        for name, arguments in others.items():
+            self.add_adapter(name, **arguments)
+        if active is not None:
+            self.set_adapters(active)
+
+    def _show_arguments(self, arguments: dict[str, Any]) -> None:
+        for name, value in arguments.items():
+            setattr(self, name, value)
+
+    @property
+    def adapters(self) -> dict[str, LayerAdapter]:
+        """The adapters of this layer by name, in the order in which they were added."""
+        return self._table.adapters
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that act at the moment."""
+        return self._active
+
+    @property
+    def updates(self) -> list[Any]:
+        """Methods of the active adapters, one for each adapted slice."""
+        return [update for name in self._active for update in self.adapters[name].updates]
+
+    def add_adapter(self, name: str, **arguments: Any) -> None:
+        """Adds an adapter; the first one is active at once.
+
+        Args:
+            name: Its name.
+            **arguments: ``lora_`` arguments, see :class:`LoRADense`.
+
+        Raises:
+            ValueError: The name is taken, or an argument is unknown or out of range.
+        """
+        if name in self.adapters:
+            raise ValueError(f"Layer {self.name!r} has an adapter {name!r} already.")
+        adapter = LayerAdapter(name, arguments, self.dtype_policy)
+        if not self.adapters:
+            self._show_arguments(adapter.arguments)
+        try:
+            with _unlocked(self._tracker):
+                if adapter.dropout is not None:
+                    # As an attribute Keras tracks it, with the state of its random numbers.
+                    setattr(self, adapter.dropout.name, adapter.dropout)
+                if self.built:
+                    adapter.build(self)
+        except Exception:
+            self._forget(adapter)
+            raise
+        self.adapters[name] = adapter
+        if len(self.adapters) == 1:
+            self._active = (name,)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter and its variables.
+
+        Raises:
+            ValueError: There is none of this name, or it is merged into the kernel.
+        """
+        if name not in self.adapters:
+            raise ValueError(f"Layer {self.name!r} has no adapter {name!r}.")
+        if self.merged and name in self._active:
+            raise ValueError(f"{self.path}: {name!r} is merged into the kernel; unmerge it first.")
+        adapter = self.adapters.pop(name)
+        self._active = tuple(n for n in self._active if n != name)
+        self._forget(adapter)
+
+    def _forget(self, adapter: LayerAdapter) -> None:
+        """Removes what an adapter that is not (or no longer) in the table has left."""
+        for variable in adapter.variables:
+            # Keras' delattr would collect garbage for every variable.
+            vars(self).pop(variable.name, None)
+            self._untrack_variable(variable)
+        if adapter.dropout is not None and hasattr(self, adapter.dropout.name):
+            with _unlocked(self._tracker):
+                # Keras' delattr leaves layers in the list of layers.
+                self._tracker.untrack(adapter.dropout)
+                delattr(self, adapter.dropout.name)
+        rest = next(iter(self.adapters.values()), None)
+        self._show_arguments(rest.arguments if rest else {**LORA_ARGUMENTS, "lora_method": None})
+
+    def set_adapters(self, names: Iterable[str]) -> None:
+        """Chooses which adapters act; names that this layer has not are left out.
+
+        Raises:
+            ValueError: Adapters are merged, or those chosen cannot act together.
+        """
+        if self.merged:
+            raise ValueError(
+                f"{self.path}: adapters are merged into the kernel; unmerge them first."
+            )
+        self.check_together(names)
+        self._active = tuple(name for name in names if name in self.adapters)
+
+    def check_together(self, names: Iterable[str]) -> None:
+        """Raises if adapters cannot act at the same time; names that are not here are left out.
+
+        Raises:
+            ValueError: Says which.
+        """
+        found = [self.adapters[name] for name in names if name in self.adapters]
+        kinds = {adapter.method.combines for adapter in found}
+        if len(found) > 1 and (len(kinds) > 1 or None in kinds):
+            who = ", ".join(f"{a.name} ({a.arguments['lora_method']})" for a in found)
+            raise ValueError(
+                f"{self.path}: the adapters {who} cannot act together. Activate one of them, or "
+                "merge one first."
+            )
 
     def build(self, input_shape: Any) -> None:
-        """Builds the Keras layer, freezes its kernel and adds the updates."""
+        """Builds the Keras layer, freezes its kernel and adds the adapters."""
         # Keras' own layers have an argument of this name, which must not come into play.
         rank, self.lora_rank = self.lora_rank, None
         super().build(tuple(input_shape))  # type: ignore[misc]
         self.lora_rank = rank
-        self.kernel.trainable = False
-        if self.bias is not None:
-            self.bias.trainable = self.lora_train_bias != "none"
-        method = METHODS[self.lora_method]
-        for site in self._sites():
-            self._warn_if_large(site)
-            update = method(self, site)
-            update.build()
-            self.updates.append(update)
-
-    def _sites(self) -> list[Site]:
-        outputs = self.operation.outputs(self)
-        if not self.lora_slices:
-            alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
-            return [Site("", 0, outputs, self.lora_rank, alpha)]
-        sites = []
-        for name, facts in self.lora_slices.items():
-            size = outputs // facts["of"]
-            rank = facts.get("rank") or self.lora_rank
-            alpha = facts.get("alpha") or self.lora_alpha or rank
-            sites.append(Site(name, facts["index"] * size, size, rank, alpha))
-        return sorted(sites, key=lambda site: site.start)
-
-    def _warn_if_large(self, site: Site) -> None:
-        rows, columns = self.operation.kernel_sides(self)
-        columns = columns * site.size // self.operation.outputs(self)
-        if site.rank > min(rows, columns):
-            where = self.path + (f" ({site.name})" if site.name else "")
-            warnings.warn(
-                f"{where}: rank {site.rank} is larger than the smaller side of its kernel "
-                f"({rows} x {columns}), so the update is not of low rank: it has "
-                f"{site.rank * (rows + columns):,} weights where the kernel has "
-                f"{rows * columns:,}.",
-                stacklevel=2,
-            )
+        for adapter in self.adapters.values():
+            adapter.build(self)
+        if self.adapters:
+            self.kernel.trainable = False
+            if self.bias is not None:
+                self.bias.trainable = self.lora_train_bias != "none"
 
     @property
     def scaling(self) -> float:
-        """Factor of the update (of the first one, if there are several)."""
-        if self.updates:
-            return self.updates[0].scaling
-        alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        return METHODS[self.lora_method](self, Site("", 0, 0, self.lora_rank, alpha)).scaling
+        """Factor of the update (of the first one, if there are several); 0.0 without adapter."""
+        return next((adapter.scaling for adapter in self.adapters.values()), 0.0)
 
     @property
     def lora_weights(self) -> list[Any]:
-        """Variables of the updates."""
-        return [w for update in self.updates for w in update.weights]
+        """Variables of all adapters."""
+        return [v for adapter in self.adapters.values() for v in adapter.variables]
 
     def lora_trainable_weights(self, train_bias: bool) -> list[Any]:
-        """Variables to train: those of the updates and, if wanted, the bias."""
+        """Variables to train: those of the adapters and, if wanted, the bias."""
         bias = [self.bias] if train_bias and self.bias is not None else []
         return [*self.lora_weights, *bias]
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Applies kernel, updates, bias and activation.
+        """Applies kernel, active adapters, bias and activation.
 
         Raises:
-            ValueError: The layer is trained while its updates are merged.
+            ValueError: The layer is trained while its adapters are merged.
         """
         if training and self.merged:
             raise ValueError(
                 f"The LoRA weights of {self.path} are merged, so training would not reach them. "
                 "Call lora.unmerge_lora_weights(model) first."
             )
-        kernel, adapt = self.kernel, not self.merged
-        dropped = inputs
-        if adapt and self.lora_dropout_layer is not None:
-            dropped = self.lora_dropout_layer(inputs, training=training)
-        compose = adapt and self.operation.composed
-        # In 16 bits a small update would be lost in the sum with the kernel.
-        in_kernel = compose and dropped is inputs and self.compute_dtype == "float32"
-        if in_kernel:
-            kernel = self.adapted_kernel()
-        outputs = self.operation.apply_kernel(self, inputs, kernel)
-        if compose and not in_kernel:
-            update = ops.cast(self.kernel_update(), inputs.dtype)
-            outputs = outputs + self.operation.apply_kernel(self, dropped, update)
-        elif adapt and not compose:
-            outputs = self._apply_updates(dropped, outputs)
-        outputs = self.operation.add_bias(self, outputs)
+        batch = per_example(self)
+        if batch is not None:
+            return call_layer(batch, self, self.operation, inputs, self.activation)
+        acting = [] if self.merged else [self.adapters[name] for name in self._active]
+        if not acting:
+            return super().call(inputs)  # type: ignore[misc]
+        kernel = ops.convert_to_tensor(self.kernel)
+        parts = [(a.parts(kernel), a.dropped(inputs, training)) for a in acting]
+        if training:
+            for penalty in [p for a in acting for p in a.penalties()]:
+                self.add_loss(penalty)
+        outputs = forward(self, inputs, kernel, parts)
+        if self.bias is not None:
+            bias = ops.convert_to_tensor(self.bias)
+            for found, _ in parts:
+                bias = by_site(found, bias, self.operation.adapted_bias)
+            outputs = self.operation.add_bias(self, outputs, bias)
         return outputs if self.activation is None else self.activation(outputs)
 
-    def _apply_updates(self, inputs: Any, outputs: Any) -> Any:
-        if not self.lora_slices:
-            return self.updates[0].apply(inputs, outputs)
-        parts, end = [], 0
-        for update in self.updates:
-            start = update.site.start
-            if start > end:
-                parts.append(outputs[..., end:start])
-            end = start + update.site.size
-            parts.append(update.apply(inputs, outputs[..., start:end]))
-        if end < outputs.shape[-1]:
-            parts.append(outputs[..., end:])
-        return ops.concatenate(parts, axis=-1)
-
     def adapted_kernel(self) -> Any:
-        """The kernel with all updates added, whether they are merged or not."""
+        """The kernel with all active adapters, whether they are merged or not."""
         kernel = ops.convert_to_tensor(self.kernel)
         if self.merged:
             return kernel
-        return kernel + ops.cast(self.kernel_update(), kernel.dtype)
+        acting = [self.adapters[name].parts(kernel) for name in self._active]
+        for found in acting:
+            kernel = scaled(self, kernel, found)
+        terms = [term for found in acting if (term := additive(self, found)) is not None]
+        return sum((ops.cast(term, kernel.dtype) for term in terms), start=kernel)
 
-    def kernel_update(self) -> Any:
-        """The sum of all updates in the kernel's shape."""
-        if not self.lora_slices:
-            return self.updates[0].delta()
-        outputs = self.kernel.shape[-1]
-        padded = []
-        for update in self.updates:
-            site, delta = update.site, update.delta()
-            pad = [(0, 0)] * (len(delta.shape) - 1)
-            padded.append(ops.pad(delta, [*pad, (site.start, outputs - site.start - site.size)]))
-        return sum(padded[1:], start=padded[0])
+    def adapted_bias(self) -> Any:
+        """The bias with all active adapters; ``None`` for a layer without bias."""
+        if self.bias is None:
+            return None
+        bias, kernel = ops.convert_to_tensor(self.bias), ops.convert_to_tensor(self.kernel)
+        for name in () if self.merged else self._active:
+            found = self.adapters[name].parts(kernel)
+            bias = by_site(found, bias, self.operation.adapted_bias)
+        return bias
 
     def merge_weights(self) -> None:
-        """Adds the updates to the kernel.
+        """Makes the active adapters part of kernel and bias.
 
-        The variables of the updates take values that add nothing, so that functions compiled
-        before the merge stay right; kernel and updates are kept aside for :meth:`unmerge_weights`.
+        Their variables take values that add nothing, so that functions compiled before the merge
+        stay right; what was there before is kept aside for :meth:`unmerge_weights`.
 
         Raises:
             ValueError: They are merged already.
         """
         if self.merged:
             raise ValueError(f"The LoRA weights of {self.path} have already been merged.")
-        merged = self.adapted_kernel()
-        neutral = {k: v for update in self.updates for k, v in update.neutral().items()}
-        variables = {v.name: v for v in [self.kernel, *self.lora_weights]}
-        self._unmerged = {name: variable_value(variables[name]) for name in ("kernel", *neutral)}
-        self.kernel.assign(merged)
-        for name, value in neutral.items():
-            variables[name].assign(value)
+        new = [(self.kernel, self.adapted_kernel())]
+        if self.bias is not None:
+            new.append((self.bias, self.adapted_bias()))
+        for update in self.updates:
+            new += [(update.variables[k], value) for k, value in update.neutral().items()]
+        self._table.unmerged = {variable.name: variable_value(variable) for variable, _ in new}
+        for variable, value in new:
+            variable.assign(value)
         self.merged = True
 
     def unmerge_weights(self) -> None:
-        """Restores kernel and updates to the bit.
+        """Restores kernel, bias and adapters to the bit.
 
         Raises:
             ValueError: They are not merged.
         """
         if not self.merged:
             raise ValueError(f"The LoRA weights of {self.path} are not merged.")
-        for variable in [self.kernel, *self.lora_weights]:
-            if variable.name in self._unmerged:
-                variable.assign(self._unmerged[variable.name])
-        self._unmerged = {}
+        for variable in self._own():
+            if variable.name in self._table.unmerged:
+                variable.assign(self._table.unmerged[variable.name])
+        self._table.unmerged = {}
         self.merged = False
 
     def unmerged_value(self, variable: Any) -> np.ndarray:
         """The value that a variable of this layer has when nothing is merged."""
-        if variable.name in self._unmerged:
-            return self._unmerged[variable.name]
+        if variable.name in self._table.unmerged:
+            return self._table.unmerged[variable.name]
         return variable_value(variable)
 
     def _own(self) -> list[Any]:
@@ -243,7 +308,10 @@ class LoRALayer:
         return [self.kernel, *bias, *self.lora_weights]
 
     def save_own_variables(self, store: Any) -> None:
-        """Writes all weights in their unmerged state (Keras would drop the updates)."""
+        """Writes all weights in their unmerged state (Keras would drop the adapters)."""
+        if not self.adapters:
+            super().save_own_variables(store)  # type: ignore[misc]
+            return
         for variable in self._own():
             store[variable.name] = self.unmerged_value(variable)
 
@@ -254,6 +322,9 @@ class LoRALayer:
             ValueError: A weight is missing or has another shape, for example because the file is
                 that of a regular model.
         """
+        if not self.adapters:
+            super().load_own_variables(store)  # type: ignore[misc]
+            return
         found = set(store.keys())
         if not found and self._misfit:
             # Keras comes again, with nothing, to a layer that failed, and reports the last error.
@@ -274,9 +345,30 @@ class LoRALayer:
                 )
                 raise ValueError(self._misfit)
             variable.assign(value)
-        self.merged, self._unmerged = False, {}
+        self.merged, self._table.unmerged = False, {}
 
     def get_config(self) -> dict[str, Any]:
-        """The Keras layer's config and all ``lora_`` arguments."""
-        config = super().get_config()  # type: ignore[misc]
-        return {**config, **{name: getattr(self, name) for name in LORA_ARGUMENTS}}
+        """The Keras layer's config and the arguments of all adapters."""
+        config = {**super().get_config(), **LORA_ARGUMENTS, "lora_method": None}  # type: ignore[misc]
+        others = {name: dict(a.arguments) for name, a in self.adapters.items()}
+        config |= others.pop("default", {})
+        return {**config, "lora_adapters": others, "lora_active": list(self._active)}
+
+
+def is_adapted(layer: Any) -> bool:
+    """Whether a layer has an adapter."""
+    return isinstance(layer, LoRALayer) and bool(layer.adapters)
+
+
+class _unlocked:
+    """Lets a built layer take new variables for a moment."""
+
+    def __init__(self, tracker: Any) -> None:
+        self._tracker, self._locked = tracker, tracker.locked
+
+    def __enter__(self) -> None:
+        self._tracker.unlock()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._locked:
+            self._tracker.lock()

@@ -6,7 +6,8 @@ from typing import Any
 
 import keras
 
-from tfimm_lora.lora.layer import LORA_ARGUMENTS, LoRALayer
+from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.layer_adapter import LORA_ARGUMENTS
 from tfimm_lora.lora.operations import OPERATIONS
 
 
@@ -21,13 +22,17 @@ class LoRADense(LoRALayer, keras.layers.Dense):
         units: Number of outputs.
         lora_rank: Rank r. Defaults to 4.
         lora_alpha: Scaling is alpha / r; ``None`` means r. Defaults to ``None``.
-        lora_method: See :class:`~tfimm_lora.lora.LoRAConfig`. Defaults to ``lora``.
+        lora_method: See :class:`~tfimm_lora.lora.LoRAConfig`; ``None`` for a layer that has no
+            adapter yet. Defaults to ``lora``.
         lora_dropout: Dropout on the input of the low-rank path. Defaults to 0.0.
         lora_init: Initialisation of A. Defaults to the method's.
+        lora_options: The method's own options. Defaults to ``None``.
         lora_train_bias: ``none`` freezes the bias, anything else trains it. Defaults to ``none``.
         lora_slices: Adapt slices of the outputs instead of all: a dictionary from the slice's name
             to ``{"index": i, "of": n}``, the i-th of n equal parts, with ``rank`` and ``alpha``
             where they differ. Defaults to ``None``.
+        lora_adapters: Arguments of further adapters, by name. Defaults to ``None``.
+        lora_active: Names of the adapters that act. Defaults to the first one.
         **kwargs: All other arguments of ``keras.layers.Dense``.
 
     Raises:
@@ -118,8 +123,8 @@ _LORA_LAYERS: dict[type, type] = {
 
 
 def is_adaptable(layer: Any) -> bool:
-    """Whether a layer has a LoRA version (subclasses of Keras' layers have none)."""
-    return type(layer) in _LORA_LAYERS
+    """Whether a layer is a LoRA layer or has a LoRA version (subclasses of Keras' have none)."""
+    return type(layer) in _LORA_LAYERS or isinstance(layer, LoRALayer)
 
 
 def convert_to_lora_layer(layer: keras.layers.Layer, **lora: Any) -> keras.layers.Layer:
@@ -139,7 +144,7 @@ def convert_to_lora_layer(layer: keras.layers.Layer, **lora: Any) -> keras.layer
     Example:
         >>> lora_layer = convert_to_lora_layer(keras.layers.Dense(10), lora_rank=2)
     """
-    if not is_adaptable(layer):
+    if type(layer) not in _LORA_LAYERS:
         already = " It is one already." if isinstance(layer, LoRALayer) else ""
         raise ValueError(
             f"Layer {layer.name!r} of type {type(layer).__name__} has no LoRA version.{already} "

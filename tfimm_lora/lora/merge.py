@@ -6,11 +6,11 @@ from typing import Any
 
 import keras
 
-from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.layer import is_adapted
 
 
 def lora_layers(model: keras.layers.Layer) -> list[Any]:
-    """Returns the LoRA layers of a model, in its order.
+    """Returns the layers of a model that have an adapter, in its order.
 
     Args:
         model: Any model or layer.
@@ -18,7 +18,7 @@ def lora_layers(model: keras.layers.Layer) -> list[Any]:
     Example:
         >>> ranks = {layer.path: layer.lora_rank for layer in lora_layers(model)}
     """
-    return [layer for layer in model._flatten_layers() if isinstance(layer, LoRALayer)]
+    return [layer for layer in model._flatten_layers() if is_adapted(layer)]
 
 
 def _require(model: keras.layers.Layer) -> list[Any]:
@@ -27,7 +27,16 @@ def _require(model: keras.layers.Layer) -> list[Any]:
         raise ValueError(
             f"{model.name!r} has no LoRA layers. Use lora.convert_to_lora_model(model) first."
         )
+    for part in model._flatten_layers():
+        state = getattr(part, "_adapter_state", None)
+        if state is not None:
+            state.check_enabled()
     return layers
+
+
+def _trains_in_place(model: keras.layers.Layer) -> bool:
+    """Whether a model has adapters, but none with an update."""
+    return getattr(model, "_adapter_state", None) is not None and not lora_layers(model)
 
 
 def _forget_compiled(model: keras.layers.Layer) -> None:
@@ -39,7 +48,9 @@ def _forget_compiled(model: keras.layers.Layer) -> None:
 def merge_lora_weights(model: keras.layers.Layer) -> None:
     """Adds all updates of a model to its kernels, in place.
 
-    Files saved while weights are merged hold the unmerged state.
+    Files saved while weights are merged hold the unmerged state. Methods that work in place
+    (``bitfit``, ``full``, ...) leave nothing to add: what they train are the model's own weights,
+    so that a model with nothing else stays as it is.
 
     Args:
         model: A built model with LoRA layers.
@@ -50,6 +61,8 @@ def merge_lora_weights(model: keras.layers.Layer) -> None:
     Example:
         >>> merge_lora_weights(model)
     """
+    if _trains_in_place(model):
+        return
     layers = [layer for layer in _require(model) if not layer.merged]
     if not layers:
         raise ValueError("The LoRA weights of this model have already been merged.")
@@ -70,6 +83,8 @@ def unmerge_lora_weights(model: keras.layers.Layer) -> None:
     Example:
         >>> unmerge_lora_weights(model)
     """
+    if _trains_in_place(model):
+        return
     layers = [layer for layer in _require(model) if layer.merged]
     if not layers:
         raise ValueError("The LoRA weights of this model are not merged.")

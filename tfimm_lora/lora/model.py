@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from tfimm_lora.architectures.config import classifier_paths
-from tfimm_lora.lora.layers import convert_to_lora_layer
-from tfimm_lora.lora.replace import parent_of, replace_sublayer
-from tfimm_lora.lora.targets import Target, find_targets
-from tfimm_lora.lora.trainable import fully_trained_layers, set_trainable
+from tfimm_lora.lora.adapter_state import AdapterState
+from tfimm_lora.lora.insertion import insert_adapter
+from tfimm_lora.lora.keeps_adapters import KeepsAdapters
+from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.layers import convert_to_lora_layer, is_adaptable
+from tfimm_lora.lora.replace import replace_sublayer
+from tfimm_lora.lora.trainable import fully_trained_layers
 
 
-class LoRAModel:
+class LoRAModel(KeepsAdapters):
     """Mixin in front of an architecture: ``class LoRAViT(LoRAModel, ViT)``.
 
     The architecture's constructor creates its layers, unbuilt; those that the config targets are
-    then replaced by their LoRA versions, before anything is built. At the end of ``build`` the
-    ``trainable`` flags of all weights are set from the config.
+    then given an adapter, before anything is built. At the end of ``build`` the ``trainable`` flags
+    of all weights are set from the config. Every layer that can be adapted is a LoRA layer, with an
+    adapter or without, so that adapters can be added later.
 
     Attributes:
         lora_default_targets: Patterns used where the config has none; a property where they depend
@@ -40,28 +43,18 @@ class LoRAModel:
     pretrained_cfg: Any
 
     def __init__(self, cfg: Any, **kwargs: Any) -> None:
+        further = kwargs.pop("lora_adapters", None) or {}
+        active = kwargs.pop("lora_active", None)
         super().__init__(cfg, **kwargs)  # type: ignore[call-arg]
-        classifier = classifier_paths(cfg)
-        targets = find_targets(
-            self,
-            cfg,
-            self.lora_default_targets,
-            self.lora_target_groups,
-            self.lora_slices,
-            classifier,
-        )
-        adapted = {t.module for t in targets} & set(classifier)
-        if cfg.lora_train_classifier and adapted:
-            raise ValueError(
-                f"The classifier {min(adapted)!r} is targeted by lora_targets and trained in full "
-                "by lora_train_classifier=True. Use one of the two."
-            )
-        insert_lora_layers(self, targets)
+        make_adaptable(self)
+        self._adapter_state = AdapterState({cfg.lora_adapter_name: cfg})
+        insert_adapter(self, cfg.lora_adapter_name, cfg)
+        self._add_further(further, active)
 
     def build(self, input_shape: Any) -> None:
         """Builds the architecture, then sets which weights are trained."""
         super().build(input_shape)  # type: ignore[misc]
-        set_trainable(self, self.cfg.lora_train_bias, self.lora_trainable_layers)
+        self._adapter_state.settle(self)
 
     @property
     def lora_trainable_layers(self) -> list[str]:
@@ -69,13 +62,14 @@ class LoRAModel:
         return fully_trained_layers(self)
 
 
-def insert_lora_layers(model: Any, targets: Sequence[Target]) -> None:
-    """Replaces unbuilt target layers of a model by their LoRA versions, in place.
+def make_adaptable(model: Any) -> None:
+    """Replaces every layer of an unbuilt model that has a LoRA version by it, without adapters.
 
     Args:
         model: A model that is not built.
-        targets: What to replace.
     """
-    for target in targets:
-        new = convert_to_lora_layer(target.layer, **target.arguments)
-        replace_sublayer(parent_of(model, target.layer), target.layer, new)
+    for parent in (model, *model._flatten_layers(include_self=False)):
+        for layer in list(parent._flatten_layers(include_self=False, recursive=False)):
+            if is_adaptable(layer) and not isinstance(layer, LoRALayer):
+                new = convert_to_lora_layer(layer, lora_method=None)
+                replace_sublayer(parent, layer, new)

@@ -11,8 +11,9 @@ from typing import Any
 import keras
 
 from tfimm_lora.architectures.config import nearest_names
-from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.lora.layers import is_adaptable
+from tfimm_lora.lora.methods import METHODS
+from tfimm_lora.lora.regex import UnsupportedRegexError, check_regex, fullmatch
 from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.names import iterate_layers, timm_path
 
@@ -47,6 +48,9 @@ def matches(pattern: str, module: str) -> bool:
         pattern: ``mlp.fc1``, ``blocks.[0-3].attn.*`` or ``blocks\.(1|7)\.mlp\.fc.``, say.
         module: ``blocks.3.mlp.fc1``, say.
 
+    Raises:
+        ValueError: A regular expression takes too long.
+
     Example:
         >>> matches("mlp.fc1", "blocks.3.mlp.fc1")
         True
@@ -54,19 +58,26 @@ def matches(pattern: str, module: str) -> bool:
     if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}"):
         return True
     # Read as a regular expression, the wildcard blocks.1.* would match blocks.10 as well.
-    if not _REGEX.search(pattern):
+    if not is_regex(pattern):
         return False
     try:
-        return re.fullmatch(pattern, module) is not None
-    except re.error:
+        check_regex(pattern)
+    except UnsupportedRegexError:
         return False
+    # One that takes too long is an error: it may be from a stranger's file.
+    return fullmatch(pattern, module)
+
+
+def is_regex(pattern: str) -> bool:
+    """Whether a pattern is read as a regular expression if it matches no name as a wildcard."""
+    return _REGEX.search(pattern) is not None
 
 
 def _as_patterns(targets: str | Sequence[str]) -> list[str]:
     return targets.split() if isinstance(targets, str) else list(targets)
 
 
-def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Value of the first pattern that matches, as in PEFT."""
     return next((v for p, v in patterns.items() if matches(p, module)), default)
 
@@ -162,15 +173,8 @@ def find_targets(
         The layers to adapt, in the model's order.
 
     Raises:
-        ValueError: The model is adapted already, a pattern matches nothing, or a layer is targeted
-            as a whole and in slices.
+        ValueError: A pattern matches nothing, or a layer is targeted as a whole and in slices.
     """
-    adapted = [path for path, layer in iterate_layers(model) if isinstance(layer, LoRALayer)]
-    if adapted:
-        raise ValueError(
-            f"The model has LoRA layers already ({timm_path(adapted[0])}, ...). Use "
-            "lora.convert_to_regular_model(model) first."
-        )
     candidates = _Candidates(model, classifier, slices)
     patterns = _as_patterns(default if cfg.lora_targets is None else cfg.lora_targets)
     if not patterns:
@@ -183,8 +187,8 @@ def find_targets(
         for name in sorted(found_slices, key=lambda s: candidates.slices[s][1]):
             module, index, count = candidates.slices[name]
             facts: dict[str, Any] = {"index": index, "of": count}
-            facts["rank"] = _pattern_value(cfg.lora_rank_pattern, name, cfg.lora_rank)
-            alpha = _pattern_value(cfg.lora_alpha_pattern, name, cfg.lora_alpha)
+            facts["rank"] = pattern_value(cfg.lora_rank_pattern, name, cfg.lora_rank)
+            alpha = pattern_value(cfg.lora_alpha_pattern, name, cfg.lora_alpha)
             facts["alpha"] = facts["rank"] if alpha is None else alpha
             parts.setdefault(module, {})[name.rpartition(".")[2]] = facts
     if not layers and not parts:
@@ -196,16 +200,20 @@ def find_targets(
             f"({', '.join(parts[both[0]])}). Use one of the two."
         )
     _check_patterns(cfg, [*layers, *(s for s in candidates.slices if _is_part(s, parts))])
+    method = METHODS[cfg.lora_method]
+    chosen = [m for m in candidates.layers if m in layers or m in parts]
+    options = method.options_by_layer(cfg.lora_options, chosen)
     targets = []
     for module, (path, layer) in candidates.layers.items():
-        if module in layers or module in parts:
-            alpha = _pattern_value(cfg.lora_alpha_pattern, module, cfg.lora_alpha)
+        if module in options:
+            alpha = pattern_value(cfg.lora_alpha_pattern, module, cfg.lora_alpha)
             arguments = {
-                "lora_rank": _pattern_value(cfg.lora_rank_pattern, module, cfg.lora_rank),
+                "lora_rank": pattern_value(cfg.lora_rank_pattern, module, cfg.lora_rank),
                 "lora_alpha": alpha,
                 "lora_method": cfg.lora_method,
                 "lora_dropout": cfg.lora_dropout,
                 "lora_init": cfg.lora_init,
+                "lora_options": options[module],
                 "lora_train_bias": cfg.lora_train_bias,
                 "lora_slices": parts.get(module),
             }

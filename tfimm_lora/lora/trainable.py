@@ -5,14 +5,15 @@ The truth is the ``trainable`` flag of every variable; the functions here comput
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
 
 from tfimm_lora.architectures.config import classifier_paths
-from tfimm_lora.lora.config import TRAIN_BIAS
-from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.config import TRAIN_BIAS, LoRAConfig
+from tfimm_lora.lora.layer import LoRALayer, is_adapted
+from tfimm_lora.lora.methods import METHODS
 from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.names import (
     NamedVariable,
@@ -25,15 +26,29 @@ from tfimm_lora.weights.names import (
 _BIASES = ("bias", "beta")
 
 
-def _is_trained(v: NamedVariable, train_bias: str, modules: list[str]) -> bool:
-    if is_lora_weight(v.leaf) or any(is_below(v.name, m) for m in modules):
-        return True
-    if v.leaf not in _BIASES or train_bias == "none":
-        return False
-    return train_bias == "all" or isinstance(v.layer, LoRALayer)
-
-
 def _split(
+    model: keras.layers.Layer, wanted: Callable[[NamedVariable], bool]
+) -> tuple[list[Any], list[Any]]:
+    """Splits all weights into trained ones, of active adapters or wanted, and frozen ones."""
+    adapted = [layer for layer in model._flatten_layers() if isinstance(layer, LoRALayer)]
+    inactive = {
+        id(v)
+        for layer in adapted
+        for name, adapter in layer.adapters.items()
+        if name not in layer.active_adapters
+        for v in adapter.variables
+    }
+    trained: list[Any] = []
+    frozen: list[Any] = []
+    for v in named_variables(model):
+        # Moving statistics and the like are not for an optimizer, wherever they are.
+        fixed = any(w is v.variable for w in v.layer._non_trainable_variables)
+        own = is_lora_weight(v.leaf) and id(v.variable) not in inactive
+        (trained if (own or wanted(v)) and not fixed else frozen).append(v.variable)
+    return trained, frozen
+
+
+def _by_arguments(
     model: keras.layers.Layer, train_bias: str, trainable_layers: Iterable[str] | None
 ) -> tuple[list[Any], list[Any]]:
     if train_bias not in TRAIN_BIAS:
@@ -43,14 +58,85 @@ def _split(
     for module in modules:
         if not any(is_below(v.name, module) for v in variables):
             raise ValueError(f"trainable_layers: the model has no weights below {module!r}.")
-    trained: list[Any] = []
-    frozen: list[Any] = []
-    for v in variables:
-        # Moving statistics and the like are not for an optimizer, wherever they are.
-        statistics = any(w is v.variable for w in v.layer._non_trainable_variables)
-        wanted = _is_trained(v, train_bias, modules) and not statistics
-        (trained if wanted else frozen).append(v.variable)
-    return trained, frozen
+
+    in_place = _trained_in_place(model)
+
+    def wanted(v: NamedVariable) -> bool:
+        in_full = id(v.variable) in in_place or any(is_below(v.name, m) for m in modules)
+        return in_full or _is_trained_bias(v, train_bias, None)
+
+    return _split(model, wanted)
+
+
+def _trained_in_place(model: Any) -> set[int]:
+    """Weights, by identity, of active adapters whose method works in place."""
+    state = getattr(model, "_adapter_state", None)
+    active = {} if state is None else {name: state.fields[name] for name in state.active}
+    return {
+        id(v.variable)
+        for name, fields in active.items()
+        if METHODS[getattr(fields, "lora_method", "lora")].in_place
+        for v in stored_variables(model, name, fields)
+    }
+
+
+def _is_trained_bias(v: NamedVariable, train_bias: str, adapter: str | None) -> bool:
+    """Whether a bias mode trains a weight; ``lora_only`` asks for the adapter, or for any."""
+    if v.leaf not in _BIASES or train_bias == "none":
+        return False
+    if train_bias == "all":
+        return True
+    return is_adapted(v.layer) and (adapter is None or adapter in v.layer.adapters)
+
+
+def stored_variables(model: Any, name: str, fields: LoRAConfig) -> list[NamedVariable]:
+    """Lists the weights of the model itself that an adapter trains, and that belong to it.
+
+    These are the classifier and other layers that are trained in full, biases, and what a method
+    trains that adapts no layer.
+
+    Args:
+        model: A built model.
+        name: Name of the adapter.
+        fields: Its config.
+
+    Raises:
+        ValueError: The config names a layer that has no weights.
+    """
+    modules = fully_trained_layers(model, name, fields)
+    method = METHODS[fields.lora_method]
+    variables = named_variables(model)
+    for module in modules:
+        if not any(is_below(v.name, module) for v in variables):
+            raise ValueError(f"lora_modules_to_save: the model has no weights below {module!r}.")
+
+    def stored(v: NamedVariable) -> bool:
+        if is_lora_weight(v.leaf) or any(w is v.variable for w in v.layer._non_trainable_variables):
+            return False
+        in_place = method.in_place and method.trains(v, fields)
+        in_full = any(is_below(v.name, m) for m in modules)
+        return in_place or in_full or _is_trained_bias(v, fields.lora_train_bias, name)
+
+    return [v for v in variables if stored(v)]
+
+
+def kept_variables(model: Any, name: str, fields: LoRAConfig) -> list[NamedVariable]:
+    """Lists the weights of the model itself that are other ones while an adapter is active.
+
+    These are :func:`stored_variables` and the moving statistics of the batch normalisations among
+    their layers, which move as soon as such a layer is trained.
+
+    Args:
+        model: A built model.
+        name: Name of the adapter.
+        fields: Its config.
+    """
+    stored = stored_variables(model, name, fields)
+    ids = {id(v.variable) for v in stored}
+    moving = {id(v.layer) for v in stored if isinstance(v.layer, keras.layers.BatchNormalization)}
+    return stored + [
+        v for v in named_variables(model) if id(v.layer) in moving and id(v.variable) not in ids
+    ]
 
 
 def lora_trainable_weights(
@@ -77,7 +163,7 @@ def lora_trainable_weights(
     Example:
         >>> weights = lora_trainable_weights(model, trainable_layers=["head.fc"])
     """
-    return _split(model, train_bias, trainable_layers)[0]
+    return _by_arguments(model, train_bias, trainable_layers)[0]
 
 
 def lora_non_trainable_weights(
@@ -101,35 +187,56 @@ def lora_non_trainable_weights(
     Example:
         >>> frozen = lora_non_trainable_weights(model)
     """
-    return _split(model, train_bias, trainable_layers)[1]
+    return _by_arguments(model, train_bias, trainable_layers)[1]
 
 
-def fully_trained_layers(model: Any) -> list[str]:
-    """Lists the layers that a LoRA model's config trains in full.
+def fully_trained_layers(
+    model: Any, name: str | None = None, fields: LoRAConfig | None = None
+) -> list[str]:
+    """Lists the layers that an adapter trains in full.
 
     With ``lora_train_classifier=None`` the classifier is trained if it is fresh, that is if its
     number of classes is not that of the checkpoint.
 
     Args:
         model: A model with a LoRA config.
+        name: Name of the adapter; the first one by default.
+        fields: The adapter's config; the model's by default.
 
     Returns:
         timm paths: the classifier if it is trained, and ``lora_modules_to_save``.
     """
-    cfg: Any = model.cfg
-    wanted = getattr(cfg, "lora_train_classifier", None)
+    fields = own_config(model) if fields is None else fields
+    name = getattr(fields, "lora_adapter_name", "default") if name is None else name
+    wanted = getattr(fields, "lora_train_classifier", None)
+    if METHODS[getattr(fields, "lora_method", "lora")].trains_classifier:
+        wanted = True
     if wanted is None:
         facts = getattr(model, "pretrained_cfg", None)
-        wanted = facts is not None and getattr(cfg, "nb_classes", 0) != facts.num_classes
-    modules = list(getattr(cfg, "lora_modules_to_save", ()))
+        classes = getattr(getattr(model, "cfg", None), "nb_classes", 0)
+        wanted = facts is not None and classes != facts.num_classes
+    modules = list(getattr(fields, "lora_modules_to_save", ()))
     if not wanted:
         return modules
     layers = {timm_path(path): layer for path, layer in iterate_layers(model)}
     # A headless model has no classifier, and an adapted one is not trained in full.
     classifiers = [
-        p for p in classifier_paths(cfg) if p in layers and not isinstance(layers[p], LoRALayer)
+        p
+        for p in classifier_of(model)
+        if p in layers and name not in getattr(layers[p], "adapters", ())
     ]
     return [*(p for p in classifiers if p not in modules), *modules]
+
+
+def classifier_of(model: Any) -> tuple[str, ...]:
+    """Paths of a model's classification layers in timm's spelling."""
+    found = getattr(model, "lora_classifier", None)
+    return classifier_paths(getattr(model, "cfg", None)) if found is None else (found,)
+
+
+def own_config(model: Any) -> Any:
+    """The config that holds a model's LoRA fields."""
+    return model.lora_cfg if hasattr(model, "lora_cfg") else model.cfg
 
 
 def set_trainable(
@@ -153,7 +260,21 @@ def set_trainable(
     Example:
         >>> set_trainable(model, train_bias="all")
     """
-    trained, frozen = _split(model, train_bias, trainable_layers)
+    _set_flags(model, *_by_arguments(model, train_bias, trainable_layers))
+
+
+def set_trainable_of(model: Any, adapters: Mapping[str, LoRAConfig]) -> None:
+    """Sets the ``trainable`` flags as the configs of some adapters say.
+
+    Args:
+        model: A built model.
+        adapters: Configs of the active adapters by name.
+    """
+    stored = {id(v.variable) for n, f in adapters.items() for v in stored_variables(model, n, f)}
+    _set_flags(model, *_split(model, lambda v: id(v.variable) in stored))
+
+
+def _set_flags(model: Any, trained: list[Any], frozen: list[Any]) -> None:
     # A layer whose own flag is off hides its weights from Keras, whatever their flags say.
     for layer in (model, *model._flatten_layers(include_self=False)):
         if not layer.trainable:

@@ -57,3 +57,6 @@ def transfer_weights(
         return adapt_weight(dst_model, name, value, tuple(shape), size)
 
     assign_all((entry.variable, partial(value_of, name)) for name, entry in target.items())
+    # Models with adapters keep copies of some of the base model's weights.
+    if hasattr(dst_model, "weights_transferred"):
+        dst_model.weights_transferred(src_model)

@@ -71,7 +71,8 @@ class LoraSection:
     Args:
         rank: Rank r of the update A B.
         alpha: The update is scaled by alpha / r; r itself by default.
-        method: ``lora``, or ``rslora`` with scale alpha / sqrt(r).
+        method: ``lora``, ``rslora``, ``dora``, ``loha``, ``lokr``, ``adalora``, ``vera``, ``ia3``,
+            ``oft``, ``boft``, ``ln_tuning``, ``bitfit``, ...: see the pages of the methods.
         targets: Layers to adapt; by default as the architecture says. Names, wildcards or a regex
             on timm's paths, or ``attention``, ``mlp``, ``all``; ``attn.q`` ``attn.k`` ``attn.v``
             reach into a fused qkv.
@@ -79,10 +80,13 @@ class LoraSection:
         alpha_pattern: Alpha of single layers, path to alpha.
         dropout: Dropout on the input of the low-rank path, in training only.
         init: How A and B start; the method's own way by default.
+        options: The method's own options, ``{block_size: 8}`` for ``oft``, say.
+        plus_ratio: LoRA+: how much faster B learns than A; alike by default.
         train_bias: Which biases are trained: ``none``, those of adapted layers, or ``all``.
         train_classifier: Whether the head is trained; by default if it is new.
         modules_to_save: timm's paths of further layers that are trained in full and saved with the
             adapter.
+        adapter_name: Name of the adapter in the model.
 
     Example:
         >>> LoraSection(rank=8, targets=["attn.q", "attn.v"])
@@ -96,9 +100,12 @@ class LoraSection:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     dropout: float = 0.0
     init: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    plus_ratio: float | None = None
     train_bias: Literal["none", "lora_only", "all"] = "none"
     train_classifier: bool | None = None
     modules_to_save: list[str] = field(default_factory=list)
+    adapter_name: str = "default"
 
     def arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments for ``tfimm_lora.lora.create_model``."""

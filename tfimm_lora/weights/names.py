@@ -16,8 +16,24 @@ import numpy as np
 
 from tfimm_lora.layers.norm import NORMALIZATION_LAYERS
 
-LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
-"""Patterns of the names of LoRA weights, to leave them out of weight transfers."""
+LORA_WEIGHT_NAMES = [
+    "kernel_lora_a",
+    "kernel_lora_b",
+    "kernel_lora_e",
+    "lora_bias",
+    "lora_magnitude_vector",
+    "hada_w",
+    "hada_t",
+    "lokr_w",
+    "lokr_t",
+    "vera_lambda",
+    "vera_projection",
+    "ia3_l",
+    "oft_r",
+    "boft_r",
+    "boft_s",
+]
+"""Patterns of the names of adapters' weights, to leave them out of weight transfers."""
 
 _LEAVES = {"kernel": "weight"}
 _NORM_LEAVES = {
@@ -139,7 +155,7 @@ def named_variables(model: keras.layers.Layer) -> list[NamedVariable]:
 
 
 def is_lora_weight(leaf: str) -> bool:
-    """Whether a variable name is that of a low-rank factor."""
+    """Whether a variable name is that of an adapter's weight."""
     return any(leaf.startswith(name) for name in LORA_WEIGHT_NAMES)
 
 

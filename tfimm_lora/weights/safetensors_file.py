@@ -62,6 +62,7 @@ class SafetensorsFile:
     Attributes:
         path: Where it is.
         shapes: Shape of every tensor by name.
+        dtypes: Type of every tensor by name, as the format calls it (``F32``).
         metadata: The file's free-form strings.
     """
 
@@ -74,6 +75,7 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._tensors: dict[str, dict[str, Any]] = header
         self.shapes = {name: tuple(facts["shape"]) for name, facts in header.items()}
+        self.dtypes: dict[str, str] = {name: facts["dtype"] for name, facts in header.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as float32 array (integers stay what they are).

@@ -6,13 +6,25 @@ own r / groups ranks, so that the update is again a grouped kernel and can be me
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from tfimm_lora.lora.operations.base import Operation
+from tfimm_lora.lora.operations.base import (
+    Operation,
+    along_axis,
+    as_rows,
+    kron_matmul,
+    kron_order,
+    kron_pays,
+    matmul_last,
+    scale_last,
+)
+from tfimm_lora.lora.operations.dense import DenseOperation
 
 
 def _channels_last(layer: Any) -> bool:
@@ -27,6 +39,24 @@ class Conv2DOperation(Operation):
     def outputs(self, layer: Any) -> int:
         """Number of filters."""
         return layer.filters
+
+    def inputs(self, layer: Any) -> int:
+        """Number of input channels."""
+        return layer.kernel.shape[2] * layer.groups
+
+    def spatial(self, layer: Any) -> tuple[int, ...]:
+        """Height and width of the kernel."""
+        return tuple(layer.kernel.shape[:2])
+
+    def to_matrix(self, layer: Any, kernel: Any) -> Any:
+        """(in / groups * h * w, filters)."""
+        return ops.reshape(ops.transpose(kernel, (2, 0, 1, 3)), (-1, kernel.shape[-1]))
+
+    def from_matrix(self, layer: Any, matrix: Any) -> Any:
+        """From (in / groups * h * w, filters)."""
+        height, width, channels, _ = layer.kernel.shape
+        kernel = ops.reshape(matrix, (channels, height, width, matrix.shape[-1]))
+        return ops.transpose(kernel, (1, 2, 0, 3))
 
     def factor_shapes(self, layer: Any, rank: int, size: int) -> tuple[tuple[int, ...], ...]:
         """(h, w, in / groups, r) and (r / groups, size)."""
@@ -58,7 +88,7 @@ class Conv2DOperation(Operation):
         if not _channels_last(layer):
             low = ops.moveaxis(low, 1, -1)
         if layer.groups == 1:
-            out = ops.matmul(low, b)
+            out = matmul_last(low, b)
         else:
             ranks, filters = b.shape
             split = ops.reshape(low, (*ops.shape(low)[:-1], layer.groups, ranks))
@@ -78,12 +108,84 @@ class Conv2DOperation(Operation):
         out = ops.einsum("hwigr,rgo->hwigo", left, right)
         return ops.reshape(out, (height, width, channels, filters))
 
-    def add_bias(self, layer: Any, outputs: Any) -> Any:
+    def factors(self, layer: Any, a: Any, b: Any) -> tuple[Any, Any]:
+        """A convolution with the kernel's geometry and a matrix; without groups."""
+        return self.from_matrix(layer, a), b
+
+    def factor_matrices(self, layer: Any, a: Any, b: Any) -> tuple[Any, Any]:
+        """A with its rows in torch's order."""
+        return self.to_matrix(layer, a), b
+
+    def splits_kron(self, layer: Any, kron: tuple[Any, Any]) -> bool:
+        """Without groups and in large layers, where it is less work."""
+        if layer.groups > 1 or not _channels_last(layer):
+            return False
+        return kron_pays(layer, kron, math.prod(layer.strides))
+
+    def apply_kron(self, layer: Any, inputs: Any, kron: tuple[Any, Any]) -> Any:
+        """The second factor is a convolution of its own, of m parts of the channels."""
+        if not self.splits_kron(layer, kron):
+            return super().apply_kron(layer, inputs, kron)
+        left, right = kron
+        (m, l), (height, width, n, k) = left.shape, right.shape  # noqa: E741
+        if (height, width, *layer.strides) == (1, 1, 1, 1):
+            return kron_matmul(inputs, (left, ops.reshape(right, (n, k))))
+        batch, *places, _ = ops.shape(inputs)
+        split = ops.reshape(inputs, (batch, *places, m, n))
+        _, right_first = kron_order(kron, math.prod(layer.strides))
+        if not right_first:
+            split = ops.einsum("bhwmn,ml->bhwln", split, left)
+        parts = m if right_first else l
+        split = ops.reshape(ops.transpose(split, (0, 3, 1, 2, 4)), (-1, *places, n))
+        out = self.apply_kernel(layer, split, right)
+        places = ops.shape(out)[1:3]
+        out = ops.reshape(out, (-1, parts, *places, k))
+        if right_first:
+            out = ops.einsum("bmhwk,ml->bhwlk", out, left)
+        else:
+            out = ops.transpose(out, (0, 2, 3, 1, 4))
+        return ops.reshape(out, (-1, *places, l * k))
+
+    def scale_inputs(self, layer: Any, inputs: Any, gain: Any) -> Any:
+        """Along the channel axis."""
+        if _channels_last(layer):
+            return scale_last(inputs, gain)
+        return inputs * along_axis(gain, 1, 4)
+
+    def scale_outputs(self, layer: Any, outputs: Any, gain: Any) -> Any:
+        """Along the channel axis."""
+        return self.scale_inputs(layer, outputs, gain)
+
+    def scale_rows(self, layer: Any, kernel: Any, gain: Any) -> Any:
+        """Every group of filters reads the gains of its own channels."""
+        per_group = ops.transpose(ops.reshape(gain, (layer.groups, -1)))
+        return kernel * ops.repeat(per_group, layer.filters // layer.groups, axis=-1)
+
+    def as_matmul(self, layer: Any, inputs: Any) -> tuple[Any, Callable[[Any], Any]] | None:
+        """A 1x1 convolution without groups is one."""
+        if not self.rotates_inputs(layer):
+            return None
+        height, width = layer.strides
+        inputs = inputs[:, ::height, ::width]
+        middle = ops.shape(inputs)[1:-1]
+
+        def restore(rows: Any) -> Any:
+            return ops.reshape(rows, (ops.shape(rows)[0], *middle, layer.filters))
+
+        return as_rows(inputs, layer.kernel.shape[2]), restore
+
+    def rotates_inputs(self, layer: Any) -> bool:
+        """Rows are input channels in a 1x1 convolution."""
+        pointwise = tuple(layer.kernel.shape[:2]) == (1, 1) and layer.groups == 1
+        return pointwise and _channels_last(layer)
+
+    def rotate_inputs(self, layer: Any, inputs: Any, rotation: Any) -> Any:
+        """Blocks of the channel axis."""
+        return DenseOperation().rotate_inputs(layer, inputs, rotation)
+
+    def add_bias(self, layer: Any, outputs: Any, bias: Any) -> Any:
         """Adds the bias along the channel axis."""
-        if layer.bias is None:
-            return outputs
-        shape = (1, 1, 1, -1) if _channels_last(layer) else (1, -1, 1, 1)
-        return ops.add(outputs, ops.reshape(layer.bias, shape))
+        return ops.add(outputs, along_axis(bias, -1 if _channels_last(layer) else 1, 4))
 
     def factors_to_peft(
         self, layer: Any, a: np.ndarray, b: np.ndarray

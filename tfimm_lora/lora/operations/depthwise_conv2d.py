@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfimm_lora.lora.operations.base import Operation
+from tfimm_lora.lora.operations.base import Operation, along_axis
 
 
 class DepthwiseConv2DOperation(Operation):
@@ -26,6 +26,22 @@ class DepthwiseConv2DOperation(Operation):
     def outputs(self, layer: Any) -> int:
         """Input channels times depth multiplier."""
         return layer.kernel.shape[2] * layer.kernel.shape[3]
+
+    def inputs(self, layer: Any) -> int:
+        """Number of input channels."""
+        return layer.kernel.shape[2]
+
+    def spatial(self, layer: Any) -> tuple[int, ...]:
+        """Height and width of the kernel."""
+        return tuple(layer.kernel.shape[:2])
+
+    def to_matrix(self, layer: Any, kernel: Any) -> Any:
+        """(h * w, in * m)."""
+        return ops.reshape(kernel, self.kernel_sides(layer))
+
+    def from_matrix(self, layer: Any, matrix: Any) -> Any:
+        """From (h * w, in * m)."""
+        return ops.reshape(matrix, layer.kernel.shape)
 
     def factor_shapes(self, layer: Any, rank: int, size: int) -> tuple[tuple[int, ...], ...]:
         """(h, w, r) and (r, size)."""
@@ -54,13 +70,30 @@ class DepthwiseConv2DOperation(Operation):
         """A B in the kernel's shape."""
         return ops.reshape(ops.matmul(a, b), layer.kernel.shape)
 
-    def add_bias(self, layer: Any, outputs: Any) -> Any:
+    def kron_product(self, layer: Any, kron: tuple[Any, Any]) -> Any:
+        """The one input row of every filter times the outputs."""
+        left, right = kron
+        spatial = right.shape[:-2]
+        out = ops.einsum("ml,...nk->...mnlk", left, right)
+        return ops.reshape(out, (*spatial, *layer.kernel.shape[2:]))
+
+    def scale_inputs(self, layer: Any, inputs: Any, gain: Any) -> Any:
+        """Not defined: the gain is part of the kernel, see :attr:`composed`."""
+        raise TypeError("A depthwise update is applied as a whole, through the kernel.")
+
+    def scale_outputs(self, layer: Any, outputs: Any, gain: Any) -> Any:
+        """Not defined, see :meth:`scale_inputs`."""
+        raise TypeError("A depthwise update is applied as a whole, through the kernel.")
+
+    def scale_rows(self, layer: Any, kernel: Any, gain: Any) -> Any:
+        """Channel by channel."""
+        return kernel * gain[:, None]
+
+    def add_bias(self, layer: Any, outputs: Any, bias: Any) -> Any:
         """Adds the bias along the channel axis."""
-        if layer.bias is None:
-            return outputs
-        last = layer.data_format == "channels_last"
-        shape = (1, 1, 1, -1) if last else (1, -1, 1, 1)
-        return ops.add(outputs, ops.reshape(layer.bias, shape))
+        return ops.add(
+            outputs, along_axis(bias, -1 if layer.data_format == "channels_last" else 1, 4)
+        )
 
     def factors_to_peft(
         self, layer: Any, a: np.ndarray, b: np.ndarray

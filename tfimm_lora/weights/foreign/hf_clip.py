@@ -10,7 +10,7 @@ from tfimm_lora.weights.foreign.view import Format, Shape, Translation, fuse_qkv
 
 # A tower that was saved alone may have no name.
 _TOWER = r"^vision_model\."
-_RULES = [
+RULES = [
     (_TOWER, ""),
     (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
@@ -27,6 +27,7 @@ _RULES = [
     (r"^head\.attention\.in_proj_", "attn_pool.in_proj."),
     (r"^head\.probe$", "attn_pool.latent"),
 ]
+"""Patterns of names there and what they are here; adapters are translated by them too."""
 # The other tower, its temperature, and indices that are counted anew.
 _UNUSED = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
 _PATCHES = "embeddings.patch_embedding.weight"
@@ -35,7 +36,7 @@ _CLASS = "embeddings.class_embedding"
 
 def _names(to: Translation) -> dict[str, str]:
     used = [n for n in to.shapes if not n.startswith(_UNUSED) and not n.endswith(".position_ids")]
-    names = fuse_qkv(to, renamed(used, _RULES))
+    names = fuse_qkv(to, renamed(used, RULES))
     positions = names.pop("pos_embed", None)
     if positions is not None:
         to.reshape("pos_embed", positions, (1, *to.shapes[positions]))

@@ -10,7 +10,7 @@ from tfimm_lora.weights.foreign.view import Format, Shape, Translation, renamed
 
 # In a model with a head the encoder has a name; one that was saved alone has none.
 _ENCODER = r"^convnext(?:v2)?\."
-_RULES = [
+RULES = [
     (_ENCODER, ""),
     (r"^embeddings\.patch_embeddings\.", "stem.0."),
     (r"^embeddings\.layernorm\.", "stem.1."),
@@ -24,6 +24,7 @@ _RULES = [
     (r"^layernorm\.", "head.norm."),
     (r"^classifier\.", "head.fc."),
 ]
+"""Patterns of names there and what they are here; adapters are translated by them too."""
 
 
 def _recognise(shapes: Mapping[str, Shape]) -> bool:
@@ -35,7 +36,7 @@ def _recognise(shapes: Mapping[str, Shape]) -> bool:
 
 
 def _translate(to: Translation, cfg: Any) -> None:
-    add_convnext(to, renamed(to.shapes, _RULES), cfg)
+    add_convnext(to, renamed(to.shapes, RULES), cfg)
 
 
 HF_CONVNEXT = Format("ConvNeXt of transformers", _recognise, _translate)

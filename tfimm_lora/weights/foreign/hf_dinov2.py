@@ -11,7 +11,7 @@ from tfimm_lora.weights.foreign.view import Format, Shape, Translation, fuse_qkv
 
 # In a model with a head the encoder has a name; one that was saved alone has none.
 _ENCODER = r"^dinov2(?:_with_registers)?\."
-_RULES = [
+RULES = [
     (_ENCODER, ""),
     *ENCODER_RULES,
     (r"^embeddings\.mask_token$", "mask_token"),
@@ -21,6 +21,7 @@ _RULES = [
     (r"\.mlp\.weights_out\.", ".mlp.fc2."),
     (r"^classifier\.", "head."),
 ]
+"""Patterns of names there and what they are here; adapters are translated by them too."""
 
 
 def _recognise(shapes: Mapping[str, Shape]) -> bool:
@@ -32,7 +33,7 @@ def _recognise(shapes: Mapping[str, Shape]) -> bool:
 
 
 def _translate(to: Translation, cfg: Any) -> None:
-    names = fuse_qkv(to, renamed(to.shapes, _RULES))
+    names = fuse_qkv(to, renamed(to.shapes, RULES))
     names.pop("mask_token", None)  # of training
     if "reg_token" in names and {"cls_token", "pos_embed"} <= set(names):
         add_registers(to, names.pop("reg_token"), names.pop("cls_token"), names.pop("pos_embed"))

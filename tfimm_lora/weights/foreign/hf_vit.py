@@ -22,7 +22,7 @@ ENCODER_RULES = [
 ]
 """What ViT and its relatives have in common in transformers."""
 
-_RULES = [
+RULES = [
     (_ENCODER, ""),
     *ENCODER_RULES,
     (r"^embeddings\.distillation_token$", "dist_token"),
@@ -33,6 +33,7 @@ _RULES = [
     (r"^(?:cls_)?classifier\.", "head."),
     (r"^distillation_classifier\.", "head_dist."),
 ]
+"""Patterns of names there and what they are here; adapters are translated by them too."""
 # A layer behind the class token that timm does not have, and what masked training needs.
 _UNUSED = ("pooler.", "vit.pooler.", "deit.pooler.", "ijepa.pooler.", "decoder.")
 
@@ -52,7 +53,7 @@ def _translate(to: Translation, cfg: Any) -> None:
         for n in to.shapes
         if not n.startswith(_UNUSED) and not n.endswith("embeddings.mask_token")
     ]
-    to.keep_all(fuse_qkv(to, renamed(used, _RULES)))
+    to.keep_all(fuse_qkv(to, renamed(used, RULES)))
 
 
 HF_VIT = Format("ViT, DeiT, I-JEPA or ViT-MAE of transformers", _recognise, _translate)
