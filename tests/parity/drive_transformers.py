@@ -65,5 +65,27 @@ def _value(name: str, parameter: torch.Tensor) -> torch.Tensor:
     return normal / max(parameter[0].numel(), 1) ** 0.5 if shape else normal
 
 
+def adapter(
+    out: str, name: str, config: dict[str, Any], size: int, kind: str, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """A model with random weights and an adapter of PEFT's, with random weights as well."""
+    import peft
+
+    made = make(out, name, config, size)
+    model = getattr(transformers, name).from_pretrained(out)
+    model = peft.get_peft_model(model, getattr(peft, kind)(**fields)).eval()
+    values = peft.get_peft_model_state_dict(model)
+    for key, value in values.items():
+        noise = torch.randn(value.shape, generator=_stream(key))
+        if "vera_A" not in key and "vera_B" not in key:
+            values[key] = value + 0.2 * noise
+    peft.set_peft_model_state_dict(model, values)
+    model.save_pretrained(str(Path(out, "adapter")))
+    x = torch.from_numpy(np.load(Path(out, "input.npy"))).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        np.save(Path(out, "logits_adapter.npy"), model(x).logits.numpy())
+    return {**made, "keys": sorted(values)}
+
+
 if __name__ == "__main__":
-    serve({"make": make})
+    serve({"make": make, "adapter": adapter})
