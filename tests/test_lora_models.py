@@ -377,3 +377,18 @@ def test_lora_weight_names_find_all_factors():
         model = tiny_lora_model(lora_targets=targets)
         for v in named_variables(model):
             assert any(re.search(p, v.path) for p in lora.LORA_WEIGHT_NAMES) == ("_lora_" in v.path)
+
+
+def test_adapter_of_slices_with_a_bias_travels(tmp_path):
+    model = tiny_lora_model(
+        lora_targets=["attn.q", "attn.v"], lora_rank=2, lora_options={"bias": True},
+        lora_alpha_pattern={"attn.v": 5.0},
+    )  # fmt: skip
+    lora.save_adapter(model, tmp_path)
+    again = lora.load_adapter(tiny_model(), tmp_path, check_base=False)
+    found = values(again)
+    for path, value in values(model).items():
+        if "_lora_" in path or "lora_bias" in path:
+            np.testing.assert_allclose(found[path], value, rtol=1e-6, err_msg=path)
+    with pytest.raises(ValueError, match="An adapter's name is made of letters, digits"):
+        lora.save_adapter(model, tmp_path, name="a/../b")

@@ -70,7 +70,7 @@ def save_adapter(model: keras.Model, folder: str | os.PathLike[str], name: str =
         The folder with the two files.
 
     Raises:
-        ValueError: The model has no LoRA layers.
+        ValueError: The model has no LoRA layers, or the name is no adapter's.
 
     Example:
         >>> save_adapter(model, "my_adapter")
@@ -78,6 +78,7 @@ def save_adapter(model: keras.Model, folder: str | os.PathLike[str], name: str =
     # An adapter fits the backbone of an extractor, with or without the extractor.
     model = model.backbone if isinstance(model, FeatureExtractor) else model
     state = adapter_state(model)
+    check_adapter_name(name)
     folder_name, name = name, _chosen(state, name)
     fields = adapter_fields(state, name)
     method = METHODS[fields.lora_method]

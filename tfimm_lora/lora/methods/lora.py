@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -76,6 +77,12 @@ class LoRA(Method):
                 raise ValueError(
                     f"Layer {layer.name!r} has no bias, so its update can have none. Leave "
                     "lora_options={'bias': True} out."
+                )
+            if math.prod(layer.bias.shape) != layer.operation.outputs(layer):
+                raise ValueError(
+                    f"Layer {layer.name!r} has a bias of shape {tuple(layer.bias.shape)} for "
+                    f"{layer.operation.outputs(layer)} outputs, so its update can have none of its "
+                    "own. Leave lora_options={'bias': True} out."
                 )
             self.add_weight("lora_bias", (site.size,), "zeros")
 
@@ -283,7 +290,13 @@ class LoRA(Method):
         ):
             # One scale serves the whole layer, so a slice with another one carries the ratio.
             b[rows, columns] = part["lora_B.weight"] * (update.scaling / scaling)
-        return {"lora_A.weight": a, "lora_B.weight": b}, rank, cls.alpha_for(scaling, rank)
+        tensors = {"lora_A.weight": a, "lora_B.weight": b}
+        if "lora_B.bias" in parts[0]:
+            bias = np.zeros(len(b), a.dtype)
+            for (rows, _), update, part in zip(packed_blocks(updates), updates, parts, strict=True):
+                bias[rows] = part["lora_B.bias"] * (update.scaling / scaling)
+            tensors["lora_B.bias"] = bias
+        return tensors, rank, cls.alpha_for(scaling, rank)
 
     @classmethod
     def unpack(
@@ -301,6 +314,8 @@ class LoRA(Method):
             block = b[rows, columns] / (update.scaling / scaling)
             rest[rows, columns] = 0
             own = {"lora_A.weight": a[columns], "lora_B.weight": block}
+            if "lora_B.bias" in tensors:
+                own["lora_B.bias"] = tensors["lora_B.bias"][rows] / (update.scaling / scaling)
             values.append(update.from_peft(own))
         if blocks[-1][1].stop != a.shape[0] or np.any(rest):
             raise ValueError("The adapter is not one of the slices of this layer.")
