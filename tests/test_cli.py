@@ -210,7 +210,8 @@ def test_run_folder_is_complete(finished):
     assert files == {
         "config.yaml", "metrics.json", "history.csv", "environment.json", "classes.json",
         "comparison.png", "log.txt", "linear_probe/model.safetensors",
-        "lora/adapter/adapter_config.json", "lora/adapter/adapter_model.safetensors",
+        "lora/adapter/README.md", "lora/adapter/adapter_config.json",
+        "lora/adapter/adapter_model.safetensors",
         "lora/model.safetensors", "lora/model.keras",
     }  # fmt: skip
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing unfinished"

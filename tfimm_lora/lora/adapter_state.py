@@ -201,6 +201,10 @@ class AdapterState:
         for name in ("", *self.fields):
             owners = active if not name else [name]
             own = {v.name: v.variable for n in owners for v in self.own_weights(model, n)}
+            if not name:
+                # What this model leaves frozen, such as a head that is no longer new, stays as it
+                # was when it was saved.
+                kept = {**kept, "": {k: v for k, v in kept.get("", {}).items() if k in own}}
             for key, value in kept.get(name, {}).items():
                 if key not in own or tuple(own[key].shape) != tuple(value.shape):
                     raise ValueError(
