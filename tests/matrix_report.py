@@ -16,8 +16,8 @@ HEAD = """# Methods and operations
 
 Every method that adapts layers, on every kind of layer: how many of the checks below passed. The
 table is written by the test run itself, `pytest tests/test_lora_matrix.py --sample-slow 1
---write-matrix docs/results/matrix.md`, on TensorFlow. Further tests run the methods on whole models and against
-PEFT.
+--write-matrix docs/results/matrix.md`, on TensorFlow. Further tests run the methods on whole models
+and against PEFT.
 """
 _NODE = re.compile(r"test_lora_matrix\.py::test_(\w+)\[(.+)\]$")
 
