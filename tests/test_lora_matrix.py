@@ -344,7 +344,7 @@ def test_rslora_is_lora_with_another_scale(site: Site):
 
 
 def test_the_published_table_has_every_cell():
-    """Written by an earlier run with ``--write-matrix``: no method, no layer is missing or failed."""
+    """Written by an earlier run with ``--write-matrix``: nothing is missing and nothing failed."""
     page = Path(__file__).resolve().parents[1] / "docs/results/matrix.md"
     rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line[:1] == "|"]
     assert [cell.strip(" `") for cell in rows[0][1:]] == ADAPTING
