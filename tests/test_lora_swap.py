@@ -173,7 +173,10 @@ def test_methods_in_place(method, traces, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["small", "vit", "convnext"])
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "loha", "ia3"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("rslora", "dora", "loha", "ia3"))],
+)
 def test_the_next_step_is_that_of_a_freshly_loaded_model(kind, method, traces, tmp_path):
     """With the same scaling, of any rank: the zeros that pad stay zeros."""
     root = 0.5 if method == "rslora" else 1.0
