@@ -135,6 +135,22 @@ def _same_start():
     keras.config.set_dtype_policy("float32")
 
 
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts how often Python runs through the layers: compiled functions do not."""
+    from tfimm_lora import lora
+
+    count = [0]
+    original = lora.LoRALayer.call
+
+    def call(self, inputs, training=None):  # Keras looks at the names
+        count[0] += 1
+        return original(self, inputs, training=training)
+
+    monkeypatch.setattr(lora.LoRALayer, "call", call)
+    return count
+
+
 # --- The other implementations ----------------------------------------------------------------
 
 

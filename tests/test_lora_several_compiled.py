@@ -33,20 +33,6 @@ def outputs() -> Any:
     return expected_outputs()
 
 
-@pytest.fixture
-def traces(monkeypatch) -> list[int]:
-    """Counts how often Python runs through the layers: compiled functions do not."""
-    count = [0]
-    original = lora.LoRALayer.call
-
-    def call(self, inputs, training=None):
-        count[0] += 1
-        return original(self, inputs, training=training)
-
-    monkeypatch.setattr(lora.LoRALayer, "call", call)
-    return count
-
-
 # --- Compiled models --------------------------------------------------------------------------
 
 

@@ -32,20 +32,6 @@ IN_PLACE = [name for name, method in METHODS.items() if method.in_place]
 RANKED = [n for n in ADAPTING if n not in ("ia3", "oft", "boft")]
 
 
-@pytest.fixture
-def traces(monkeypatch) -> list[int]:
-    """Counts how often Python runs through the layers: compiled functions do not."""
-    count = [0]
-    original = lora.LoRALayer.call
-
-    def call(self, inputs, training=None):
-        count[0] += 1
-        return original(self, inputs, training=training)
-
-    monkeypatch.setattr(lora.LoRALayer, "call", call)
-    return count
-
-
 def small() -> keras.Model:
     layers = (
         L.Conv2D(8, 3, strides=2, padding="same", activation="gelu", name="conv"),

@@ -1,4 +1,7 @@
-"""IA3, OFT, BOFT, LN tuning and initialisations that PEFT rewrites the base model with."""
+"""IA3, OFT, BOFT, LN tuning and initialisations that PEFT rewrites the base model with.
+
+What their adapters answer is compared with all others' in ``test_peft_read.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from safetensors.numpy import save_file
 
 import tfimm_lora
 from tests.oracles import Oracle, OracleError
-from tests.parity.adapters import PREFIX, base_arguments, base_model, gradients, with_adapter
+from tests.parity.adapters import base_arguments, base_model, with_adapter
 from tests.parity.compare import (
     load,
     load_meta,
@@ -21,8 +24,6 @@ from tests.parity.compare import (
     move_trainable,
     relative_error,
     timm_key,
-    timm_weights,
-    torch_layout,
 )
 from tfimm_lora import lora
 
@@ -41,68 +42,6 @@ CASES = [
     "lora-vit-mica",
 ]
 REWRITTEN = ["lora-vit-pissa", "lora-vit-olora"]
-
-_LEAVES = {
-    "ia3_l": "ia3_l",
-    "oft_r": "oft_R.weight",
-    "boft_r": "boft_R",
-    "boft_s": "boft_s",
-    "kernel_lora_a": "lora_A.weight",
-    "kernel_lora_b": "lora_B.weight",
-}
-
-
-def peft_name(variable: Any, tuned: set[str]) -> str:
-    """PEFT's name of a trained variable; ``tuned`` are the layers of LN tuning."""
-    module, _, leaf = timm_key(variable.path).rpartition(".")
-    if leaf in _LEAVES:
-        return f"{PREFIX}{module}.{_LEAVES[leaf]}"
-    return f"{PREFIX}{module}.{'ln_tuning_layers.' if module in tuned else ''}{leaf}"
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_logits_and_merged_weights(name: str, peft_oracle: Oracle, record_property: Any) -> None:
-    case = peft_oracle.case("generate", name=name)
-    images = load(case, "input")
-    model = with_adapter(case)
-    errors = {"adapter": relative_error(model(images), load(case, "logits_adapter"))}
-    regular = lora.convert_to_regular_model(model)
-    errors["regular"] = relative_error(regular(images), load(case, "logits_merged"))
-    lora.merge_lora_weights(model)
-    errors["merged"] = relative_error(model(images), load(case, "logits_merged"))
-    lora.unmerge_lora_weights(model)
-    errors["unmerged"] = relative_error(model(images), load(case, "logits_adapter"))
-    ours, theirs = timm_weights(regular), load_tensors(case / "merged.safetensors")
-    assert sorted(ours) == sorted(theirs)
-    weights = {k: float(np.abs(ours[k] - theirs[k]).max() / theirs[k].std()) for k in theirs}
-    # PEFT's decomposition in float32 is up to 4e-5 from one in float64; ours is not in its place.
-    assert max(weights.values()) <= (1e-4 if name in REWRITTEN else TOLERANCE), weights
-    record_property("relative_errors", errors | {"weights": max(weights.values())})
-    assert max(errors.values()) <= TOLERANCE, errors
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_gradients(name: str, peft_oracle: Oracle, record_property: Any) -> None:
-    """Of sum(logits * probe), for every weight that PEFT trains, and no other weight trains."""
-    case = peft_oracle.case("generate", name=name)
-    theirs = load_tensors(case / "grads.safetensors")
-    model = with_adapter(case)
-    ours = gradients(model, load(case, "input"), load(case, "grad_probe"))
-    tuned = {k.removeprefix(PREFIX).partition(".ln_tuning")[0] for k in theirs if "ln_tuning" in k}
-    names = {peft_name(v, tuned): v for v in model.trainable_variables}
-    if name == "lora-vit-mica":  # PEFT freezes B there; an adapter that is loaded here is plain
-        names = {k: v for k, v in names.items() if "lora_B" not in k}
-    assert sorted(names) == sorted(theirs)
-    errors = {}
-    for key, variable in names.items():
-        got, want = ours[variable.path], theirs[key]
-        if "lora_" in key or key.endswith("weight"):
-            got = got.T if got.ndim == 2 and "oft_R" not in key else torch_layout("", got)
-        got = got.reshape(want.shape)
-        errors[key] = float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-3))
-    worst = max(errors, key=errors.__getitem__)
-    record_property("relative_errors", {worst: errors[worst]})
-    assert errors[worst] <= 1e-4, (worst, errors[worst])
 
 
 @pytest.mark.parametrize("name", REWRITTEN)

@@ -10,16 +10,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfimm_lora.lora.methods.base import Method
-from tfimm_lora.lora.methods.oft import check_count
-from tfimm_lora.lora.methods.rotation import cayley, nearest_divisor
+from tfimm_lora.lora.methods.rotation import BlockOptions, Rotation, cayley
 from tfimm_lora.lora.update import Update
-
-_DEFAULT_BLOCK_SIZE = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class BOFTOptions:
+class BOFTOptions(BlockOptions):
     """Options of BOFT.
 
     Attributes:
@@ -30,39 +26,19 @@ class BOFTOptions:
             2^(m - 1) blocks. Defaults to 1, blocks by themselves.
     """
 
-    block_size: int | None = None
-    blocks: int | None = None
     n_butterfly_factor: int = 1
 
-    def __post_init__(self) -> None:
-        for name in ("block_size", "blocks", "n_butterfly_factor"):
-            check_count(name, getattr(self, name))
-        if self.block_size is not None and self.blocks is not None:
-            raise ValueError(
-                f"block_size={self.block_size} and blocks={self.blocks} say the same in two ways. "
-                "Use one of them."
-            )
 
-
-class BOFT(Method):
+class BOFT(Rotation):
     """Rotates the kernel's rows by a product of sparse orthogonal matrices, and scales outputs.
 
     Factor i takes blocks of two halves that lie 2^i halves apart, as in a fast Fourier transform.
     """
 
     Options = BOFTOptions
-    combines = None
-    takes_dropout = False
+    default_block_size = 4
     peft_type = "BOFT"
     peft_tensors = ("boft_R", "boft_s")
-
-    @property
-    def block_size(self) -> int:
-        """Rows of a block."""
-        rows = self.layer.operation.kernel_sides(self.layer)[0]
-        if self.options.blocks is not None:
-            return rows // nearest_divisor(rows, self.options.blocks)
-        return nearest_divisor(rows, self.options.block_size or _DEFAULT_BLOCK_SIZE)
 
     def build(self) -> None:
         """Creates ``boft_r``, zeros, and ``boft_s``, ones.
@@ -99,7 +75,7 @@ class BOFT(Method):
         """Size or number of blocks, and the number of factors."""
         blocks = config.get("boft_block_num") or None
         options = {
-            "block_size": None if blocks else config.get("boft_block_size", _DEFAULT_BLOCK_SIZE),
+            "block_size": None if blocks else config.get("boft_block_size", cls.default_block_size),
             "blocks": blocks,
             "n_butterfly_factor": config.get("boft_n_butterfly_factor", 1),
         }
@@ -113,7 +89,9 @@ class BOFT(Method):
         return {
             "bias": "boft_only" if bias == "lora_only" else bias,
             "boft_block_num": options.blocks or 0,
-            "boft_block_size": 0 if options.blocks else options.block_size or _DEFAULT_BLOCK_SIZE,
+            "boft_block_size": 0
+            if options.blocks
+            else options.block_size or cls.default_block_size,
             "boft_dropout": 0.0,
             "boft_n_butterfly_factor": options.n_butterfly_factor,
             "fan_in_fan_out": False,

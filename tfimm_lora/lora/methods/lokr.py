@@ -43,8 +43,8 @@ class LoKrOptions:
 class LoKr(Lycoris):
     """Adds the Kronecker product of two small matrices, the second itself of low rank.
 
-    The update is applied factor by factor: seen as a matrix, the inputs are multiplied with one
-    factor from the left and with the other from the right.
+    The inputs, seen as a matrix, are multiplied with one factor from the left and with the other
+    from the right where that is less work; else the product is added to the kernel in each step.
     """
 
     Options = LoKrOptions

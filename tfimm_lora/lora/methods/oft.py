@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from tfimm_lora.lora.methods.base import Method
 from tfimm_lora.lora.methods.rotation import (
+    BlockOptions,
+    Rotation,
     cayley,
     cayley_neumann,
-    nearest_divisor,
     skew_from_triangle,
 )
 from tfimm_lora.lora.update import Update
 
-_DEFAULT_BLOCK_SIZE = 32
-
 
 @dataclasses.dataclass(frozen=True)
-class OFTOptions:
+class OFTOptions(BlockOptions):
     """Options of OFT.
 
     Attributes:
@@ -36,52 +34,21 @@ class OFTOptions:
         num_cayley_neumann_terms: Terms of the series. Defaults to 5.
     """
 
-    block_size: int | None = None
-    blocks: int | None = None
     block_share: bool = False
     cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
 
-    def __post_init__(self) -> None:
-        for name in ("block_size", "blocks", "num_cayley_neumann_terms"):
-            check_count(name, getattr(self, name))
-        if self.block_size is not None and self.blocks is not None:
-            raise ValueError(
-                f"block_size={self.block_size} and blocks={self.blocks} say the same in two ways. "
-                "Use one of them."
-            )
 
-
-def check_count(name: str, value: Any) -> None:
-    """Raises unless an option is ``None`` or a positive integer.
-
-    Raises:
-        ValueError: It is not.
-    """
-    wrong = isinstance(value, bool) or not isinstance(value, int) or value < 1
-    if value is not None and wrong:
-        raise ValueError(f"{name} has to be an integer of at least 1, found {value!r}.")
-
-
-class OFT(Method):
+class OFT(Rotation):
     """Multiplies blocks of the kernel's rows with orthogonal matrices.
 
     Lengths of the columns, and angles between them within a block, stay as they are.
     """
 
     Options = OFTOptions
-    combines = None
-    takes_dropout = False
+    default_block_size = 32
     peft_type = "OFT"
     peft_tensors = ("oft_R.weight",)
-
-    @property
-    def block_size(self) -> int:
-        """Rows of a block."""
-        rows = self.layer.operation.kernel_sides(self.layer)[0]
-        if self.options.blocks is not None:
-            return rows // nearest_divisor(rows, self.options.blocks)
-        return nearest_divisor(rows, self.options.block_size or _DEFAULT_BLOCK_SIZE)
 
     def build(self) -> None:
         """Creates ``oft_r``: what is above the diagonals of skew-symmetric matrices, zeros.
@@ -127,7 +94,7 @@ class OFT(Method):
             raise ValueError("The adapter has coft=True, constrained OFT, which cannot be read.")
         blocks = config.get("r") or None
         options = {
-            "block_size": None if blocks else config.get("oft_block_size", _DEFAULT_BLOCK_SIZE),
+            "block_size": None if blocks else config.get("oft_block_size", cls.default_block_size),
             "blocks": blocks,
             "block_share": bool(config.get("block_share", False)),
             "cayley_neumann": bool(config.get("use_cayley_neumann", True)),
@@ -139,7 +106,7 @@ class OFT(Method):
     def peft_config(cls, fields: Any) -> dict[str, Any]:
         """The fields of PEFT's ``OFTConfig``."""
         options = cls.Options(**fields.lora_options)
-        size = 0 if options.blocks else options.block_size or _DEFAULT_BLOCK_SIZE
+        size = 0 if options.blocks else options.block_size or cls.default_block_size
         bias = fields.lora_train_bias
         return {
             "bias": "oft_only" if bias == "lora_only" else bias,

@@ -2,11 +2,66 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import numpy as np
 from keras import ops
+
+from tfimm_lora.lora.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOptions:
+    """How the rows of a kernel are cut into blocks.
+
+    Attributes:
+        block_size: Rows of a block; where it is no divisor of a kernel's rows, the nearest divisor
+            is taken. Defaults to the method's, unless ``blocks`` is given.
+        blocks: Number of blocks instead of their size; likewise.
+    """
+
+    block_size: int | None = None
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            # Flags are flags; every other option is a count.
+            if field.type not in ("bool", bool):
+                _check_count(field.name, value)
+        if self.block_size is not None and self.blocks is not None:
+            raise ValueError(
+                f"block_size={self.block_size} and blocks={self.blocks} say the same in two ways. "
+                "Use one of them."
+            )
+
+
+def _check_count(name: str, value: Any) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, int) or value < 1
+    if value is not None and wrong:
+        raise ValueError(f"{name} has to be an integer of at least 1, found {value!r}.")
+
+
+class Rotation(Method):
+    """A method that rotates blocks of the kernel's rows.
+
+    Attributes:
+        default_block_size: Rows of a block where the options say nothing.
+    """
+
+    Options: ClassVar[type] = BlockOptions
+    combines = None
+    takes_dropout = False
+    default_block_size: ClassVar[int]
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a block."""
+        rows = self.layer.operation.kernel_sides(self.layer)[0]
+        if self.options.blocks is not None:
+            return rows // nearest_divisor(rows, self.options.blocks)
+        return nearest_divisor(rows, self.options.block_size or self.default_block_size)
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
@@ -76,8 +131,3 @@ def cayley_neumann(skew: Any, terms: int) -> Any:
             total = total + 2.0 * power
         total = total + ops.matmul(power, skew)
     return total
-
-
-def triangle_size(entries: int) -> int:
-    """Rows of the matrix that has so many entries above its diagonal."""
-    return (1 + math.isqrt(1 + 8 * entries)) // 2
