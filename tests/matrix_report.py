@@ -1,13 +1,14 @@
-"""Writes the table of method x operation from the outcomes of ``test_lora_matrix.py``.
+"""Writes the tables of the matrix from the outcomes of its tests.
 
 pytest tests/test_lora_matrix.py --write-matrix docs/results/matrix.md
+pytest tests/test_lora_matrix_kernels.py --write-matrix docs/results/matrix_kernels.md
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,29 @@ table is written by the test run itself, `pytest tests/test_lora_matrix.py --sam
 --write-matrix docs/results/matrix.md`, on TensorFlow. Further tests run the methods on whole models
 and against PEFT.
 """
-_NODE = re.compile(r"test_lora_matrix\.py::test_(\w+)\[(.+)\]$")
+KERNELS_HEAD = """# Methods, operations and kernel formats
+
+Every method that adapts layers on every format of the frozen kernel, and every kind of layer on
+every format: how many of the checks below passed. The tables are written by the test run itself,
+`pytest tests/test_lora_matrix_kernels.py --sample-slow 1 --write-matrix
+docs/results/matrix_kernels.md`, on TensorFlow.
+"""
+_NODE = re.compile(r"test_lora_matrix(?:_kernels)?\.py::test_(\w+)\[(.+)\]$")
 
 
-def cell(nodeid: str, sites: Iterable[str], methods: Iterable[str]) -> tuple[str, str, str] | None:
-    """Check, site and method of a test of the matrix; ``None`` for other tests."""
+def cell(nodeid: str, *axes: Iterable[str]) -> tuple[str, ...] | None:
+    """Check and the values of some axes of a test of the matrix; ``None`` for other tests."""
     found = _NODE.search(nodeid)
     if not found:
         return None
-    words = found[2].split("-")
-    site = [w for w in words if w in set(sites)]
-    method = [w for w in words if w in set(methods)]
-    return (found[1], site[0], method[0]) if site and method else None
+    values = []
+    for axis in axes:
+        # The longest: some names have a dash and are parts of others.
+        there = [name for name in axis if f"-{name}-" in f"-{found[2]}-"]
+        if not there:
+            return None
+        values.append(max(there, key=len))
+    return (found[1], *values)
 
 
 class MatrixReport:
@@ -47,35 +59,54 @@ class MatrixReport:
 
     def pytest_sessionfinish(self) -> None:
         from tests.test_lora_matrix import ADAPTING, SITES
+        from tests.test_lora_matrix_kernels import KERNELS
 
         counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         checks: Counter[str] = Counter()
+        outcomes: Counter[str] = Counter()
+        kernels = any("test_lora_matrix_kernels.py" in nodeid for nodeid in self.outcomes)
+        axes = (SITES, ADAPTING, KERNELS) if kernels else (SITES, ADAPTING)
         for nodeid, outcome in self.outcomes.items():
-            found = cell(nodeid, SITES, ADAPTING)
+            found = cell(nodeid, *axes)
             if found:
-                check, site, method = found
-                counts[method, site][outcome] += 1
+                check, site, *rest = found
+                for row, column in [(site, rest[-1]), *([(rest[0], rest[1])] if kernels else [])]:
+                    counts[row, column][outcome] += 1
                 checks[check] += 1
+                outcomes[outcome] += 1
         if not counts:
             return
-        rows = [
-            f"| {site.replace('_', ' ')} | "
-            + " | ".join(_text(counts[method, site]) for method in ADAPTING)
-            + " |"
-            for site in SITES
-        ]
-        total = sum(sum(c.values()) for c in counts.values())
         lines = [
-            HEAD,
-            f"{total:,} checks, {sum(c['passed'] for c in counts.values()):,} passed.\n",
-            "| layer | " + " | ".join(f"`{m}`" for m in ADAPTING) + " |",
-            "|---|" + "---|" * len(ADAPTING),
-            *rows,
+            KERNELS_HEAD if kernels else HEAD,
+            f"{outcomes.total():,} checks, {outcomes['passed']:,} passed.\n",
+        ]
+        if kernels:
+            lines += [*_table("method", [(f"`{m}`", m) for m in ADAPTING], KERNELS, counts), ""]
+        rows = [(site.replace("_", " "), site) for site in SITES]
+        lines += _table("layer", rows, KERNELS if kernels else ADAPTING, counts)
+        lines += [
             "\nThe checks, each for every layer and method that it makes sense for:\n",
             *(f"- {check.replace('_', ' ')}" for check in checks),
             "",
         ]
         self.path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _table(
+    corner: str,
+    rows: Sequence[tuple[str, str]],
+    columns: Sequence[str],
+    counts: dict[tuple[str, str], Counter[str]],
+) -> list[str]:
+    """Lines of a table; rows have a text and a name."""
+    return [
+        f"| {corner} | " + " | ".join(f"`{column}`" for column in columns) + " |",
+        "|---|" + "---|" * len(columns),
+        *(
+            f"| {text} | " + " | ".join(_text(counts[row, column]) for column in columns) + " |"
+            for text, row in rows
+        ),
+    ]
 
 
 def _text(count: Counter[str]) -> str:

@@ -17,7 +17,7 @@ from tests.helpers import (
     values,
 )
 from tfimm_lora import lora
-from tfimm_lora.lora.factory import initialize_adapters
+from tfimm_lora.lora.first_updates import initialize_adapters
 from tfimm_lora.lora.methods.initialization import INITIALIZATIONS, family
 
 RANK, ALPHA = 4, 6.0
@@ -340,9 +340,9 @@ def test_eva_with_bad_input(problem):
 
 
 def test_every_initialization_is_tested_here():
-    assert {*map(family, OF_KERNEL), "orthogonal", "eva", "gaussian", "kaiming_uniform"} == set(
-        INITIALIZATIONS
-    )
+    elsewhere = {"loftq", "loftq_niter_N"}
+    others = {"orthogonal", "eva", "gaussian", "kaiming_uniform"}
+    assert {*map(family, OF_KERNEL)} | others | elsewhere == set(INITIALIZATIONS)
 
 
 def test_uniform_and_gaussian_have_pefts_spread():

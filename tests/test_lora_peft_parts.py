@@ -12,7 +12,7 @@ import pytest
 from tfimm_lora.lora.peft.config import check_config
 from tfimm_lora.lora.peft.json_file import read_json
 from tfimm_lora.lora.peft.tensors import merge_shared
-from tfimm_lora.lora.regex import UnsupportedRegexError, fullmatch, match_start
+from tfimm_lora.weights.regex import UnsupportedRegexError, fullmatch, match_start
 
 
 def test_bounded_matcher_agrees_with_python():

@@ -34,12 +34,15 @@ def test_lora_section_mirrors_the_lora_config():
 def test_only_what_is_set_is_passed_on():
     assert LoraSection().arguments() == {
         "lora_rank": 4, "lora_method": "lora", "lora_dropout": 0.0, "lora_train_bias": "none",
-        "lora_adapter_name": "default",
+        "lora_adapter_name": "default", "lora_quantize_merged": False,
     }  # fmt: skip
     section = LoraSection(rank=8, targets=["attn.q"], rank_pattern={"blocks.0.*": 2})
     assert section.arguments()["lora_targets"] == ["attn.q"]
     assert section.arguments()["lora_rank_pattern"] == {"blocks.0.*": 2}
     assert LoraSection(train_classifier=False).arguments()["lora_train_classifier"] is False
+    section = LoraSection(quantization={"head": None, "*": "int4"}, group_size=64)
+    assert section.arguments()["lora_quantization"] == {"head": None, "*": "int4"}
+    assert section.arguments()["lora_group_size"] == 64
 
 
 def test_model_section_becomes_arguments():

@@ -12,7 +12,7 @@ from tfimm_lora._registration import register_classes
 from tfimm_lora.version import __version__
 
 if TYPE_CHECKING:
-    from tfimm_lora import architectures, layers, lora, models, weights
+    from tfimm_lora import architectures, layers, lora, models, quantization, weights
     from tfimm_lora.architectures.config import ModelConfig
     from tfimm_lora.architectures.pretrained import PretrainedConfig
     from tfimm_lora.data.factory import create_transform
@@ -34,6 +34,7 @@ __all__ = [
     "list_models",
     "lora",
     "models",
+    "quantization",
     "register_model",
     "weights",
 ]
@@ -52,6 +53,7 @@ __getattr__, __dir__ = lazy_names(
         "list_models": "tfimm_lora.models.registry",
         "lora": "tfimm_lora.lora",
         "models": "tfimm_lora.models",
+        "quantization": "tfimm_lora.quantization",
         "register_model": "tfimm_lora.models.registry",
         "weights": "tfimm_lora.weights",
     },

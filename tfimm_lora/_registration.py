@@ -17,6 +17,8 @@ from typing import Any
 
 _MODULES = (
     "tfimm_lora.models.features",
+    "tfimm_lora.quantization.layers",
+    "tfimm_lora.quantization.models",
     "tfimm_lora.lora.functional",
     "tfimm_lora.lora.convnext",
     "tfimm_lora.lora.vit",

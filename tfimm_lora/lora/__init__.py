@@ -10,11 +10,7 @@ if TYPE_CHECKING:
     from tfimm_lora.lora.config import LoRAConfig
     from tfimm_lora.lora.convnext import LoRAConvNeXt, LoRAConvNeXtConfig
     from tfimm_lora.lora.eva import initialize_eva
-    from tfimm_lora.lora.factory import (
-        convert_to_lora_model,
-        convert_to_regular_model,
-        create_model,
-    )
+    from tfimm_lora.lora.factory import convert_to_lora_model, create_model
     from tfimm_lora.lora.functional import LoRAFunctional
     from tfimm_lora.lora.hub import push_adapter_to_hub
     from tfimm_lora.lora.layer import LoRALayer
@@ -26,15 +22,18 @@ if TYPE_CHECKING:
         convert_to_lora_layer,
     )
     from tfimm_lora.lora.merge import lora_layers, merge_lora_weights, unmerge_lora_weights
+    from tfimm_lora.lora.merge_drift import MergeDrift
     from tfimm_lora.lora.model import LoRAModel
     from tfimm_lora.lora.optimizer_hooks import prepare_optimizer
     from tfimm_lora.lora.per_example import adapter_ids
+    from tfimm_lora.lora.quantizing import quantize
     from tfimm_lora.lora.registry import (
         lora_architecture,
         lora_base_architecture,
         lora_config,
         register_lora_architecture,
     )
+    from tfimm_lora.lora.regular import convert_to_regular_model
     from tfimm_lora.lora.several import (
         active_adapters,
         adapter_names,
@@ -62,7 +61,6 @@ _NAMES = {
     "tfimm_lora.lora.eva": ("initialize_eva",),
     "tfimm_lora.lora.factory": (
         "convert_to_lora_model",
-        "convert_to_regular_model",
         "create_model",
     ),
     "tfimm_lora.lora.functional": ("LoRAFunctional",),
@@ -94,6 +92,9 @@ _NAMES = {
         "set_adapter",
     ),
     "tfimm_lora.lora.swap": ("swap_adapter",),
+    "tfimm_lora.lora.merge_drift": ("MergeDrift",),
+    "tfimm_lora.lora.quantizing": ("quantize",),
+    "tfimm_lora.lora.regular": ("convert_to_regular_model",),
     "tfimm_lora.lora.trainable": (
         "lora_non_trainable_weights",
         "lora_trainable_weights",
@@ -119,6 +120,7 @@ __all__ = [
     "LoRAModel",
     "LoRAViT",
     "LoRAViTConfig",
+    "MergeDrift",
     "active_adapters",
     "adapter_ids",
     "adapter_names",
@@ -142,6 +144,7 @@ __all__ = [
     "prepare_optimizer",
     "print_trainable_parameters",
     "push_adapter_to_hub",
+    "quantize",
     "rank_history",
     "register_lora_architecture",
     "save_adapter",

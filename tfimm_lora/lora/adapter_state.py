@@ -24,7 +24,12 @@ from tfimm_lora.lora.insertion import insert_adapter
 from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.lora.merge import lora_layers
 from tfimm_lora.lora.methods import METHODS
-from tfimm_lora.lora.trainable import kept_variables, own_config, set_trainable_of
+from tfimm_lora.lora.trainable import (
+    check_float,
+    kept_variables,
+    own_config,
+    set_trainable_of,
+)
 from tfimm_lora.weights.names import NamedVariable, variable_value
 
 
@@ -111,7 +116,7 @@ class AdapterState:
             self.fields[name], self.kept[name] = fields, {}
             if model.built:
                 connect_adapter(model, name)
-                self.own_weights(model, name)
+                check_float(self.own_weights(model, name))
                 self.set_flags(model)
         except Exception:
             self._remove(model, name)

@@ -16,6 +16,7 @@ from tfimm_lora.architectures.config import config_to_dict, make_config
 from tfimm_lora.lora.adapter_state import AdapterState, adapter_state
 from tfimm_lora.lora.config import LoRAConfig, check_adapter_name, split_lora_values
 from tfimm_lora.lora.keeps_adapters import KeepsAdapters
+from tfimm_lora.lora.layer_adapter import KERNEL_ARGUMENTS
 from tfimm_lora.lora.merge import lora_layers
 from tfimm_lora.lora.methods import METHODS
 from tfimm_lora.lora.model_card import adapter_card, write_card
@@ -110,6 +111,8 @@ def save_adapter(model: keras.Model, folder: str | os.PathLike[str], name: str =
     lora = split_lora_values(config_to_dict(state.fields[name]))[0]
     # A variant of a user's own may have only some of the fields.
     lora = {k: v for k, v in lora.items() if hasattr(own_config(model), k)}
+    # The kernels are the model's, also for an adapter that was added later.
+    lora |= {k: getattr(own_config(model), k) for k in KERNEL_ARGUMENTS if k in lora}
     if "lora_train_classifier" in lora:
         lora["lora_train_classifier"] = any(m in classifier_of(model) for m in modules)
     own = {

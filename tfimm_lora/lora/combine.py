@@ -266,7 +266,7 @@ def _matrix(place: _Place, updates: Sequence[Any]) -> np.ndarray:
 
 def _change(layer: Any, update: Any) -> Any:
     """What an update does now."""
-    kernel = ops.convert_to_tensor(layer.kernel)
+    kernel = layer.kernel_tensor()
     if update.site.name:
         kernel = kernel[..., update.site.start : update.site.start + update.site.size]
     return update.update(kernel, update.values())

@@ -9,6 +9,9 @@ from typing import Any
 from tfimm_lora.architectures.config import ModelConfig, nearest_names
 from tfimm_lora.lora.methods import METHODS
 from tfimm_lora.lora.methods.initialization import family
+from tfimm_lora.quantization.format import FakeFormat
+from tfimm_lora.quantization.group_size import check_group_size
+from tfimm_lora.quantization.registry import kernel_format, split_group_size
 
 LORA_PREFIX = "lora_"
 TRAIN_BIAS = ("none", "lora_only", "all")
@@ -40,6 +43,18 @@ class LoRAConfig(ModelConfig):
         lora_modules_to_save: timm paths of further layers that are trained in full and saved with
             the adapter (PEFT's term).
         lora_adapter_name: Name of the model's first adapter. Defaults to ``default``.
+        lora_quantization: Format of the frozen kernels: ``fake-int8`` and ``fake-int4`` (stored in
+            float, rounded in each step), ``int8``, ``int4`` or ``nf4`` (packed), each integer one
+            also ``-symmetric`` or ``-asymmetric``; ``int8-row-scaled`` and ``int4-row-scaled``
+            have a factor for each row, which AWQ chooses (see :func:`~tfimm_lora.lora.quantize`);
+            or a dictionary from patterns (as for targets, or the start of a path) to formats or
+            ``None``, of which the first that matches counts. ``None`` for float. Kernels that are
+            trained in full stay in float. A format may carry its own group size: ``int4/64``.
+        lora_group_size: Input rows that share a scale; where they do not divide a kernel's rows,
+            the nearest divisor is taken. ``None`` for one scale per output channel (``nf4``:
+            64).
+        lora_quantize_merged: With a fake format, round the kernel together with the update in
+            training, so that the merged model can be quantised without loss.
 
     Raises:
         ValueError: A value is out of range or unknown.
@@ -62,6 +77,9 @@ class LoRAConfig(ModelConfig):
     lora_train_classifier: bool | None = None
     lora_modules_to_save: tuple[str, ...] = ()
     lora_adapter_name: str = "default"
+    lora_quantization: str | dict[str, str | None] | None = None
+    lora_group_size: int | None = None
+    lora_quantize_merged: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,12 +97,43 @@ class LoRAConfig(ModelConfig):
         check_choice("lora_method", self.lora_method, METHODS)
         check_choice("lora_train_bias", self.lora_train_bias, TRAIN_BIAS)
         check_adapter_name(self.lora_adapter_name)
+        if (self.lora_init or "").startswith("loftq") and self.lora_quantization is None:
+            raise ValueError(
+                f"lora_init={self.lora_init!r} makes up for what quantisation takes from the "
+                "kernels, and they are float. Name a format, such as lora_quantization='nf4'."
+            )
         self._check_method(METHODS[self.lora_method])
+        self._check_quantization(METHODS[self.lora_method])
         if self.lora_train_classifier not in (None, True, False):
             raise ValueError(
                 "lora_train_classifier has to be None, True or False, found "
                 f"{self.lora_train_classifier!r}."
             )
+
+    def _check_quantization(self, method: Any) -> None:
+        """Raises for formats that are unknown, or that the method cannot work on."""
+        check_group_size(self.lora_group_size, "lora_group_size")
+        wanted = self.lora_quantization
+        formats: list[str | None] = [wanted]  # type: ignore[list-item]
+        if isinstance(wanted, dict):
+            formats = list(wanted.values())
+        for name in formats:
+            found, size = split_group_size(name, self.lora_group_size, "lora_quantization")
+            method.kernel_format(found, size, self.lora_options)
+        if self.lora_group_size is not None and not any(formats):
+            raise ValueError(
+                f"lora_group_size={self.lora_group_size} without lora_quantization. Name a format, "
+                "such as lora_quantization='int4'."
+            )
+        if self.lora_quantize_merged:
+            named = [name for name in formats if name is not None]
+            for name in named or formats:
+                check_quantize_merged(True, split_group_size(name)[0])
+            if self.lora_dropout:
+                raise ValueError(
+                    "lora_quantize_merged=True rounds the update as part of the kernel, so that "
+                    "its inputs cannot be dropped. Use lora_dropout=0."
+                )
 
     def _check_method(self, method: Any) -> None:
         """Raises for what the method cannot do."""
@@ -125,6 +174,19 @@ class LoRAConfig(ModelConfig):
         for option in self.lora_options:
             check_choice(f"option of {self.lora_method} in lora_options", option, known)
         method.Options(**self.lora_options)
+
+
+def check_quantize_merged(wanted: bool, format: str | None) -> None:
+    """Raises if kernels are to be rounded together with updates, but their format rounds nothing.
+
+    Raises:
+        ValueError: Says what to type instead.
+    """
+    if wanted and not isinstance(kernel_format(format), FakeFormat):
+        raise ValueError(
+            f"lora_quantize_merged=True rounds kernels in each step, and {format!r} does not. Use "
+            "lora_quantization='fake-int8' or 'fake-int4'."
+        )
 
 
 def check_rank(field: str, rank: Any) -> None:

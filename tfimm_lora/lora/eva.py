@@ -226,7 +226,8 @@ def _ranks(found: Mapping[str, Any], sites: Mapping[str, Any]) -> dict[str, int]
 
 def _with_ranks(model: Any, sites: Mapping[str, Any], ranks: Mapping[str, int]) -> keras.Model:
     """The model once more, with other ranks; sites of rank 0 are not adapted."""
-    from tfimm_lora.lora.factory import convert_to_lora_model, convert_to_regular_model
+    from tfimm_lora.lora.factory import convert_to_lora_model
+    from tfimm_lora.lora.regular import convert_to_regular_model
 
     ((name, fields),) = adapter_state(model).fields.items()
     exact = {m: f"^{re.escape(m)}$" for m, rank in ranks.items() if rank}

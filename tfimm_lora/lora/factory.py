@@ -10,23 +10,19 @@ from typing import Any
 
 import h5py
 import keras
-from keras import ops
 
 import tfimm_lora.lora.convnext
 import tfimm_lora.lora.vit  # noqa: F401  (registers the variants)
 from tfimm_lora.architectures.config import base_config_values, make_config
 from tfimm_lora.lora.config import split_lora_values
+from tfimm_lora.lora.first_updates import initialize_adapters
 from tfimm_lora.lora.functional import (
-    LoRAFunctional,
     convert_functional_model,
     is_functional,
-    regular_functional_model,
 )
 from tfimm_lora.lora.keeps_adapters import FACTS, KeepsAdapters
-from tfimm_lora.lora.layer import is_adapted
 from tfimm_lora.lora.merge import lora_layers
-from tfimm_lora.lora.methods.base import kernel_value
-from tfimm_lora.lora.registry import lora_architecture, lora_base_architecture
+from tfimm_lora.lora.registry import lora_architecture
 from tfimm_lora.lora.trainable import fully_trained_layers, set_trainable
 from tfimm_lora.models.factory import build_model, create_features, create_with_class
 from tfimm_lora.models.factory import create_model as create_regular_model
@@ -34,7 +30,8 @@ from tfimm_lora.models.features import FeatureExtractor
 from tfimm_lora.models.registry import model_class
 from tfimm_lora.models.sources import architecture_of
 from tfimm_lora.models.transfer import transfer_weights
-from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, named_variables
+from tfimm_lora.quantization.models import QuantizedModel, quantized_base_architecture
+from tfimm_lora.weights.names import LORA_WEIGHT_NAMES
 from tfimm_lora.weights.tfimm_files import is_tfimm_file
 
 
@@ -116,7 +113,8 @@ def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
     model.
 
     Args:
-        model: A built model; it is not changed.
+        model: A built model; it is not changed. A quantised one
+            (:class:`~tfimm_lora.quantization.QuantizedModel`) keeps its codes.
         **kwargs: Fields that start with ``lora_``, see :class:`~tfimm_lora.lora.LoRAConfig`.
 
     Returns:
@@ -144,7 +142,12 @@ def convert_to_lora_model(model: keras.Model, **kwargs: Any) -> keras.Model:
         )
     if is_functional(model):
         return _settled(convert_functional_model(model, kwargs))
-    lora_cls: Any = lora_architecture(type(model))
+    regular_cls = type(model)
+    if isinstance(model, QuantizedModel):
+        regular_cls = quantized_base_architecture(regular_cls)
+        stored = {"lora_quantization": model.cfg.quantization}
+        kwargs = {**stored, "lora_group_size": model.cfg.group_size, **kwargs}
+    lora_cls: Any = lora_architecture(regular_cls)
     cfg = make_config(lora_cls.cfg_class, base_config_values(model.cfg, lora_cls.cfg_class), kwargs)
     facts = getattr(model, "pretrained_cfg", None)
     copy = partial(transfer_weights, model, weights_to_ignore=LORA_WEIGHT_NAMES)
@@ -160,58 +163,3 @@ def _settled(model: Any) -> keras.Model:
         bias = getattr(model.cfg, "lora_train_bias", "none")
         set_trainable(model, bias, fully_trained_layers(model))
     return model
-
-
-def initialize_adapters(model: keras.Model) -> None:
-    """Gives adapters the first values that depend on the kernels, where ``lora_init`` wants some.
-
-    Functions that create or convert models do so themselves. Call it when a LoRA model has got its
-    base weights in another way. Trained adapters are left alone.
-
-    Args:
-        model: A built LoRA model.
-
-    Example:
-        >>> initialize_adapters(model)
-    """
-    for layer in lora_layers(model):
-        for adapter in layer.adapters.values():
-            for update in adapter.updates:
-                if update.initializes:
-                    update.initialize(kernel_value(layer, update.site))
-
-
-def convert_to_regular_model(model: keras.Model) -> keras.Model:
-    """Creates the regular version of a LoRA model, with the updates merged into its kernels.
-
-    Args:
-        model: A LoRA model, merged or not; it is not changed.
-
-    Returns:
-        A built model of the regular class with the same outputs.
-
-    Raises:
-        ValueError: The model is no LoRA model.
-
-    Example:
-        >>> regular = convert_to_regular_model(lora_model)
-    """
-    if isinstance(model, FeatureExtractor):
-        return model.replace_backbone(convert_to_regular_model(model.backbone))
-    if not (isinstance(model, KeepsAdapters) or lora_layers(model)):
-        raise ValueError(f"{model.name!r} has no LoRA layers; it is a regular model already.")
-    copy = partial(transfer_weights, model, weights_to_ignore=LORA_WEIGHT_NAMES)
-    if isinstance(model, LoRAFunctional):
-        regular = regular_functional_model(model)
-        copy(regular)
-    else:
-        base_cls: Any = lora_base_architecture(type(model))
-        values = base_config_values(model.cfg, base_cls.cfg_class)
-        cfg = base_cls.cfg_class(**split_lora_values(values)[1])
-        regular = build_model(base_cls, cfg, getattr(model, "pretrained_cfg", None), copy)
-    variables = {v.path: v.variable for v in named_variables(regular)}
-    for v in named_variables(model):
-        if v.leaf in ("kernel", "bias") and is_adapted(v.layer):
-            value = v.layer.adapted_kernel() if v.leaf == "kernel" else v.layer.adapted_bias()
-            variables[v.path].assign(ops.convert_to_numpy(value))
-    return regular

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,10 +43,13 @@ def forward(layer: Any, inputs: Any, kernel: Any, acting: Sequence[tuple[Parts, 
         for parts, _ in acting:
             for _, update in parts:
                 changed = op.transform_inputs(layer, changed, update)
+        own = kernel
         for parts, _ in acting:
             if any(update.gain_tangent is not None for _, update in parts):
-                kernel = scaled(layer, kernel, parts)
-        outputs = op.apply_kernel(layer, changed, kernel)
+                own = scaled(layer, own, parts)
+        apply = functools.partial(op.apply_kernel, layer)
+        whole = own is kernel
+        outputs = layer.apply_frozen(apply, changed, kernel) if whole else apply(changed, own)
     for parts, dropped in acting:
 
         def finish(y: Any, update: Update, x: Any = dropped) -> Any:
@@ -76,6 +80,32 @@ def _composed(layer: Any, inputs: Any, kernel: Any, acting: Sequence[tuple[Parts
     for dropped, update in mixed:
         outputs = op.add_mixing(layer, outputs, dropped, update)
     return outputs
+
+
+def forward_rounded(
+    layer: Any, inputs: Any, kernel: Any, acting: Sequence[tuple[Parts, Any]]
+) -> Any:
+    """Applies the kernel with all updates in it, rounded as it will be when it is quantised.
+
+    Args:
+        layer: A layer with a fake format.
+        inputs: Its inputs.
+        kernel: Its frozen kernel, not rounded.
+        acting: For each active adapter its updates; their inputs have no dropout.
+    """
+    op, composed = layer.operation, layer.composed_kernel(kernel)
+    rounded = layer.fake_quantize(composed)
+    updates = [(site, u) for parts, _ in acting for site, u in parts]
+    if not all(u == Update(a=u.a, b=u.b) and not op.composes(layer, u) for _, u in updates):
+        rounded = rounded + (composed - ops.stop_gradient(composed))
+        return op.apply_kernel(layer, inputs, rounded)
+    outputs = op.apply_kernel(layer, inputs, rounded)
+    # What follows is zero, with the gradients of the factors: no full-size one is formed.
+    fixed = ops.stop_gradient(inputs)
+    tangent = ops.zeros_like(outputs)
+    for parts, _ in acting:
+        tangent = by_site(parts, tangent, lambda y, u: op.finish(layer, y, fixed, u))
+    return outputs + (tangent - ops.stop_gradient(tangent))
 
 
 def scaled(layer: Any, kernel: Any, parts: Parts) -> Any:

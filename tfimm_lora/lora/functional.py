@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -21,10 +22,14 @@ from tfimm_lora.lora.config import LoRAConfig, split_lora_values
 from tfimm_lora.lora.keeps_adapters import KeepsAdapters
 from tfimm_lora.lora.layers import convert_to_lora_layer, is_adaptable
 from tfimm_lora.lora.methods import METHODS
-from tfimm_lora.lora.replace import parent_of, replace_sublayer
+from tfimm_lora.lora.quantizing import assign_formats
 from tfimm_lora.lora.targets import find_targets
 from tfimm_lora.lora.trainable import fully_trained_layers
+from tfimm_lora.models.replace import parent_of, replace_sublayer
 from tfimm_lora.models.transfer import transfer_weights
+from tfimm_lora.quantization.layers import QUANTIZED_LAYERS
+from tfimm_lora.quantization.planning import check_formats, storing_layers
+from tfimm_lora.quantization.registry import split_group_size
 from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, iterate_layers, timm_path
 
 
@@ -128,6 +133,17 @@ def _convert(fresh: keras.Model, text: str, fields: dict[str, Any]) -> LoRAFunct
     METHODS[cfg.lora_method].check_model(lora_model, cfg)
     lora_model._base_config = text
     lora_model._adapter_state = AdapterState({cfg.lora_adapter_name: cfg})
+    if cfg.lora_quantization is not None:
+        # Before there are adapters, whose shapes may depend on the groups.
+        method = METHODS[cfg.lora_method]
+        planned = assign_formats(
+            lora_model,
+            cfg.lora_quantization,
+            cfg.lora_group_size,
+            cfg.lora_quantize_merged,
+            adapting={t.module: (method, t.arguments["lora_options"] or {}) for t in targets},
+        )
+        check_formats(lora_model, planned, "lora_group_size")
     for path, layer in iterate_layers(lora_model):
         arguments = {t.path: t.arguments for t in targets}.get(path)
         if arguments is not None:
@@ -190,3 +206,39 @@ def _exchange(model: keras.Model, path: str, layer: Any) -> None:
 def regular_functional_model(model: LoRAFunctional) -> keras.Model:
     """Restores the regular model that a LoRA model was made from, with fresh weights."""
     return _restore(model._base_config)
+
+
+def quantized_functional_model(
+    model: LoRAFunctional, formats: Mapping[str, str | None]
+) -> keras.Model:
+    """The regular model that a LoRA model was made from, with packed kernels and fresh weights.
+
+    Args:
+        model: The LoRA model.
+        formats: Formats by timm path, with group sizes.
+
+    Raises:
+        ValueError: A layer lies inside a composite one, whose class restores it in float.
+    """
+    fresh = _restore(model._base_config)
+    named = {id(layer): formats.get(timm_path(path)) for path, layer in iterate_layers(fresh)}
+
+    def choose(layer: Any) -> Any:
+        format = named.get(id(layer))
+        if format is None:
+            return layer
+        name, size = split_group_size(format)
+        fields = {"quantization": name, "group_size": size}
+        return QUANTIZED_LAYERS[type(layer)].from_config({**layer.get_config(), **fields})  # type: ignore[attr-defined]
+
+    plain = keras.Model(*_structure(fresh), name=fresh.name)
+    clone = keras.models.clone_model(plain, clone_function=choose, recursive=True)
+    packed = storing_layers(clone)
+    inside = [path for path, format in formats.items() if format and path not in packed]
+    if inside:
+        raise ValueError(
+            f"keep_quantized=True: {inside[0]!r} lies inside a composite layer, which a saved "
+            "model would restore in float. Leave keep_quantized out, or store the layer in float: "
+            f"lora.quantize(model, {{{inside[0]!r}: None}})."
+        )
+    return clone

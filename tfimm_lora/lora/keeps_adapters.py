@@ -14,12 +14,13 @@ from tfimm_lora.lora.config import LoRAConfig, split_lora_values
 from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.lora.per_example import TakesAdapterIds
 from tfimm_lora.lora.training_hooks import TrainsAdapters
+from tfimm_lora.quantization.recompute import ExportsKernels
 
 FACTS = "lora_adapters:"
 """Key in a weights file under which the names of all and of the active adapters stand."""
 
 
-class KeepsAdapters(TrainsAdapters, TakesAdapterIds):
+class KeepsAdapters(TrainsAdapters, TakesAdapterIds, ExportsKernels):
     """Mixin of models with adapters: their configs and kept values travel with the model."""
 
     _adapter_state: AdapterState

@@ -1,19 +1,21 @@
-"""What makes a Keras layer an adapted one: operation x method, in a mixin."""
+"""What makes a Keras layer an adapted one: operation x method x kernel, in a mixin."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from tfimm_lora.lora.forward import additive, by_site, forward, scaled
-from tfimm_lora.lora.layer_adapter import LORA_ARGUMENTS, LayerAdapter
+from tfimm_lora.lora.config import check_quantize_merged
+from tfimm_lora.lora.forward import by_site, forward, forward_rounded
+from tfimm_lora.lora.layer_adapter import KERNEL_ARGUMENTS, LORA_ARGUMENTS, LayerAdapter
+from tfimm_lora.lora.layer_files import SavesUpdates
 from tfimm_lora.lora.operations import Operation
 from tfimm_lora.lora.per_example_layer import call_layer
 from tfimm_lora.lora.per_example_layer import current as per_example
-from tfimm_lora.weights.names import variable_value
+from tfimm_lora.quantization.layer import unlocked
 
 
 class _Table:
@@ -21,10 +23,10 @@ class _Table:
 
     def __init__(self) -> None:
         self.adapters: dict[str, LayerAdapter] = {}
-        self.unmerged: dict[str, np.ndarray] = {}
+        self.unmerged: Any = None
 
 
-class LoRALayer:
+class LoRALayer(SavesUpdates):
     """Mixin that lets adapters change what a Keras layer with a kernel does.
 
     With an adapter the kernel is frozen, and what the method adds is trained. Adapters come and
@@ -41,17 +43,8 @@ class LoRALayer:
 
     # What the Keras layer behind this mixin brings.
     activation: Any
-    bias: Any
-    built: bool
-    kernel: Any
-    compute_dtype: str
     dtype_policy: Any
-    name: str
-    path: str
     add_loss: Any
-    add_weight: Any
-    _tracker: Any
-    _untrack_variable: Any
     # The arguments of the first adapter.
     lora_alpha: Any
     lora_dropout: float
@@ -66,6 +59,7 @@ class LoRALayer:
         first = {name: kwargs.pop(name, default) for name, default in LORA_ARGUMENTS.items()}
         others = kwargs.pop("lora_adapters", None) or {}
         active = kwargs.pop("lora_active", None)
+        stored = {name: kwargs.pop(name, default) for name, default in KERNEL_ARGUMENTS.items()}
         super().__init__(*args, **kwargs)
         self.merged = False
         self._table = _Table()
@@ -78,6 +72,54 @@ class LoRALayer:
             self.add_adapter(name, **arguments)
         if active is not None:
             self.set_adapters(active)
+        self.lora_quantize_merged = False
+        self.store_kernel_as(**stored)
+
+    def store_kernel_as(
+        self,
+        lora_quantization: str | None,
+        lora_group_size: int | None = None,
+        lora_quantize_merged: bool = False,
+        fit: bool = False,
+    ) -> None:
+        """Stores the kernel in another format, in place.
+
+        Args:
+            lora_quantization: See :class:`LoRADense`.
+            lora_group_size: See :class:`LoRADense`.
+            lora_quantize_merged: See :class:`LoRADense`.
+            fit: See :meth:`~tfimm_lora.quantization.StoresKernel.set_kernel_format`.
+
+        Raises:
+            ValueError: The format is unknown, the groups do not fit, or adapters are merged.
+        """
+        if self.merged:
+            raise ValueError(f"{self.path}: unmerge the adapters before the kernel is quantised.")
+        name, size = self.needed_format(lora_quantization, lora_group_size)
+        check_quantize_merged(lora_quantize_merged, name)
+        self.set_kernel_format(name, size, fit)
+        self.lora_quantize_merged = lora_quantize_merged
+
+    def needed_format(
+        self, name: str | None, group_size: int | None
+    ) -> tuple[str | None, int | None]:
+        """Name of the format and group size as the methods of the adapters need them.
+
+        Raises:
+            ValueError: A method cannot work on such a kernel.
+        """
+        for adapter in self.adapters.values():
+            options = self.lora_options or {}
+            name, group_size = adapter.method.kernel_format(name, group_size, options)
+        return name, group_size
+
+    def kernel_to_quantize(
+        self, value: np.ndarray, stored: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """What is stored of a float kernel: all of it, or what LoftQ's factors leave."""
+        for update in self.updates:
+            value = update.before_quantization(value, stored)
+        return value
 
     def _show_arguments(self, arguments: dict[str, Any]) -> None:
         for name, value in arguments.items():
@@ -114,7 +156,7 @@ class LoRALayer:
         if not self.adapters:
             self._show_arguments(adapter.arguments)
         try:
-            with _unlocked(self._tracker):
+            with unlocked(self._tracker):
                 if adapter.dropout is not None:
                     # As an attribute Keras tracks it, with the state of its random numbers.
                     setattr(self, adapter.dropout.name, adapter.dropout)
@@ -148,7 +190,7 @@ class LoRALayer:
             vars(self).pop(variable.name, None)
             self._untrack_variable(variable)
         if adapter.dropout is not None and hasattr(self, adapter.dropout.name):
-            with _unlocked(self._tracker):
+            with unlocked(self._tracker):
                 # Keras' delattr leaves layers in the list of layers.
                 self._tracker.untrack(adapter.dropout)
                 delattr(self, adapter.dropout.name)
@@ -224,16 +266,23 @@ class LoRALayer:
             )
         batch = per_example(self)
         if batch is not None:
+            if self.lora_quantize_merged:
+                raise ValueError(
+                    f"{self.path}: with lora_quantize_merged every adapter has a rounded kernel of "
+                    "its own, so examples cannot have adapters of their own. Serve them one after "
+                    "the other."
+                )
             return call_layer(batch, self, self.operation, inputs, self.activation)
         acting = [] if self.merged else [self.adapters[name] for name in self._active]
-        if not acting:
+        if not acting and self.kernel_format is None:
             return super().call(inputs)  # type: ignore[misc]
-        kernel = ops.convert_to_tensor(self.kernel)
+        merges = self.lora_quantize_merged and acting
+        kernel = ops.convert_to_tensor(self.kernel) if merges else self.kernel_tensor(inputs)
         parts = [(a.parts(kernel), a.dropped(inputs, training)) for a in acting]
         if training:
             for penalty in [p for a in acting for p in a.penalties()]:
                 self.add_loss(penalty)
-        outputs = forward(self, inputs, kernel, parts)
+        outputs = (forward_rounded if merges else forward)(self, inputs, kernel, parts)
         if self.bias is not None:
             bias = ops.convert_to_tensor(self.bias)
             for found, _ in parts:
@@ -241,134 +290,15 @@ class LoRALayer:
             outputs = self.operation.add_bias(self, outputs, bias)
         return outputs if self.activation is None else self.activation(outputs)
 
-    def adapted_kernel(self) -> Any:
-        """The kernel with all active adapters, whether they are merged or not."""
-        kernel = ops.convert_to_tensor(self.kernel)
-        if self.merged:
-            return kernel
-        acting = [self.adapters[name].parts(kernel) for name in self._active]
-        for found in acting:
-            kernel = scaled(self, kernel, found)
-        terms = [term for found in acting if (term := additive(self, found)) is not None]
-        return sum((ops.cast(term, kernel.dtype) for term in terms), start=kernel)
-
-    def adapted_bias(self) -> Any:
-        """The bias with all active adapters; ``None`` for a layer without bias."""
-        if self.bias is None:
-            return None
-        bias, kernel = ops.convert_to_tensor(self.bias), ops.convert_to_tensor(self.kernel)
-        for name in () if self.merged else self._active:
-            found = self.adapters[name].parts(kernel)
-            bias = by_site(found, bias, self.operation.adapted_bias)
-        return bias
-
-    def merge_weights(self) -> None:
-        """Makes the active adapters part of kernel and bias.
-
-        Their variables take values that add nothing, so that functions compiled before the merge
-        stay right; what was there before is kept aside for :meth:`unmerge_weights`.
-
-        Raises:
-            ValueError: They are merged already.
-        """
-        if self.merged:
-            raise ValueError(f"The LoRA weights of {self.path} have already been merged.")
-        new = [(self.kernel, self.adapted_kernel())]
-        if self.bias is not None:
-            new.append((self.bias, self.adapted_bias()))
-        for update in self.updates:
-            new += [(update.variables[k], value) for k, value in update.neutral().items()]
-        self._table.unmerged = {variable.name: variable_value(variable) for variable, _ in new}
-        for variable, value in new:
-            variable.assign(value)
-        self.merged = True
-
-    def unmerge_weights(self) -> None:
-        """Restores kernel, bias and adapters to the bit.
-
-        Raises:
-            ValueError: They are not merged.
-        """
-        if not self.merged:
-            raise ValueError(f"The LoRA weights of {self.path} are not merged.")
-        for variable in self._own():
-            if variable.name in self._table.unmerged:
-                variable.assign(self._table.unmerged[variable.name])
-        self._table.unmerged = {}
-        self.merged = False
-
-    def unmerged_value(self, variable: Any) -> np.ndarray:
-        """The value that a variable of this layer has when nothing is merged."""
-        if variable.name in self._table.unmerged:
-            return self._table.unmerged[variable.name]
-        return variable_value(variable)
-
-    def _own(self) -> list[Any]:
-        bias = [] if self.bias is None else [self.bias]
-        return [self.kernel, *bias, *self.lora_weights]
-
-    def save_own_variables(self, store: Any) -> None:
-        """Writes all weights in their unmerged state (Keras would drop the adapters)."""
-        if not self.adapters:
-            super().save_own_variables(store)  # type: ignore[misc]
-            return
-        for variable in self._own():
-            store[variable.name] = self.unmerged_value(variable)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Reads what :meth:`save_own_variables` wrote.
-
-        Raises:
-            ValueError: A weight is missing or has another shape, for example because the file is
-                that of a regular model.
-        """
-        if not self.adapters:
-            super().load_own_variables(store)  # type: ignore[misc]
-            return
-        found = set(store.keys())
-        if not found and self._misfit:
-            # Keras comes again, with nothing, to a layer that failed, and reports the last error.
-            raise ValueError(self._misfit)
-        self._misfit = ""
-        for variable in self._own():
-            if variable.name not in found:
-                raise ValueError(
-                    f"{self.path}: the file has no {variable.name!r} (it has {sorted(found)}). It "
-                    "was saved from a regular model or with another LoRA config; load it into such "
-                    "a model, then use lora.convert_to_lora_model."
-                )
-            value = np.asarray(store[variable.name])
-            if tuple(value.shape) != tuple(variable.shape):
-                self._misfit = (
-                    f"{self.path}: {variable.name!r} has shape {tuple(value.shape)} in the file "
-                    f"and {tuple(variable.shape)} in the model."
-                )
-                raise ValueError(self._misfit)
-            variable.assign(value)
-        self.merged, self._table.unmerged = False, {}
-
     def get_config(self) -> dict[str, Any]:
         """The Keras layer's config and the arguments of all adapters."""
         config = {**super().get_config(), **LORA_ARGUMENTS, "lora_method": None}  # type: ignore[misc]
         others = {name: dict(a.arguments) for name, a in self.adapters.items()}
         config |= others.pop("default", {})
+        config |= {**self._format_arguments, "lora_quantize_merged": self.lora_quantize_merged}
         return {**config, "lora_adapters": others, "lora_active": list(self._active)}
 
 
 def is_adapted(layer: Any) -> bool:
     """Whether a layer has an adapter."""
     return isinstance(layer, LoRALayer) and bool(layer.adapters)
-
-
-class _unlocked:
-    """Lets a built layer take new variables for a moment."""
-
-    def __init__(self, tracker: Any) -> None:
-        self._tracker, self._locked = tracker, tracker.locked
-
-    def __enter__(self) -> None:
-        self._tracker.unlock()
-
-    def __exit__(self, *error: Any) -> None:
-        if self._locked:
-            self._tracker.lock()

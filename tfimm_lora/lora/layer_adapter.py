@@ -23,6 +23,13 @@ LORA_ARGUMENTS: dict[str, Any] = {
     "lora_slices": None,
 }
 
+KERNEL_ARGUMENTS: dict[str, Any] = {
+    "lora_quantization": None,
+    "lora_group_size": None,
+    "lora_quantize_merged": False,
+}
+"""Arguments of a layer that are its kernel's, not an adapter's."""
+
 
 class LayerAdapter:
     """One adapter in one layer.

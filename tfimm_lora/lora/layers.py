@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from tfimm_lora.lora.layer import LoRALayer
-from tfimm_lora.lora.layer_adapter import LORA_ARGUMENTS
+from tfimm_lora.lora.layer_adapter import KERNEL_ARGUMENTS, LORA_ARGUMENTS
 from tfimm_lora.lora.operations import OPERATIONS
 
 
@@ -33,6 +33,12 @@ class LoRADense(LoRALayer, keras.layers.Dense):
             where they differ. Defaults to ``None``.
         lora_adapters: Arguments of further adapters, by name. Defaults to ``None``.
         lora_active: Names of the adapters that act. Defaults to the first one.
+        lora_quantization: Format of the frozen kernel: ``fake-int8``, ``fake-int4``, ``int8``,
+            ``int4``, ``nf4``, see :class:`~tfimm_lora.lora.LoRAConfig`; ``None`` for float.
+        lora_group_size: Rows of the kernel that share a scale; has to divide its rows. Defaults to
+            one scale per output (``nf4``: 64, or the nearest divisor).
+        lora_quantize_merged: With a fake format, round the kernel together with the update.
+            Defaults to ``False``.
         **kwargs: All other arguments of ``keras.layers.Dense``.
 
     Raises:
@@ -154,11 +160,10 @@ def convert_to_lora_layer(layer: keras.layers.Layer, **lora: Any) -> keras.layer
         raise ValueError(
             f"Layer {layer.name!r} has Keras' own LoRA weights (enable_lora). Build it without."
         )
-    unknown = set(lora) - set(LORA_ARGUMENTS)
+    known = [*LORA_ARGUMENTS, *KERNEL_ARGUMENTS]
+    unknown = set(lora) - set(known)
     if unknown:
-        raise ValueError(
-            f"Unknown arguments {sorted(unknown)}. Known: {', '.join(LORA_ARGUMENTS)}."
-        )
+        raise ValueError(f"Unknown arguments {sorted(unknown)}. Known: {', '.join(known)}.")
     config = {k: v for k, v in layer.get_config().items() if k not in LORA_ARGUMENTS}
     lora_class: Any = _LORA_LAYERS[type(layer)]
     new = lora_class.from_config({**config, **lora})

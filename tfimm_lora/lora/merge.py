@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
 
 from tfimm_lora.lora.layer import is_adapted
+from tfimm_lora.lora.merge_drift import calibration_images, model_outputs, report_drift
 
 
 def lora_layers(model: keras.layers.Layer) -> list[Any]:
@@ -45,8 +47,14 @@ def _forget_compiled(model: keras.layers.Layer) -> None:
         model.train_function = model.test_function = model.predict_function = None
 
 
-def merge_lora_weights(model: keras.layers.Layer) -> None:
+def merge_lora_weights(
+    model: keras.layers.Layer, requantize: bool = False, calibration: Any = None
+) -> None:
     """Adds all updates of a model to its kernels, in place.
+
+    Quantised kernels are float ones while they are merged, unless they are to be rounded again:
+    then the change of the outputs is measured, kept as ``model.merge_drift`` (a
+    :class:`~tfimm_lora.lora.MergeDrift`) and told by a warning.
 
     Files saved while weights are merged hold the unmerged state. Methods that work in place
     (``bitfit``, ``full``, ...) leave nothing to add: what they train are the model's own weights,
@@ -54,6 +62,10 @@ def merge_lora_weights(model: keras.layers.Layer) -> None:
 
     Args:
         model: A built model with LoRA layers.
+        requantize: Keep the format of quantised kernels. Zero points take up the updates of
+            QA-LoRA exactly; kernels with other updates are rounded again. Defaults to ``False``.
+        calibration: Inputs, (images, height, width, channels), on which the change is measured.
+            Defaults to 8 images of noise.
 
     Raises:
         ValueError: There are no LoRA layers, or all are merged already.
@@ -66,9 +78,15 @@ def merge_lora_weights(model: keras.layers.Layer) -> None:
     layers = [layer for layer in _require(model) if not layer.merged]
     if not layers:
         raise ValueError("The LoRA weights of this model have already been merged.")
-    for layer in layers:
-        layer.merge_weights()
+    measured = requantize and any(layer.kernel_format is not None for layer in layers)
+    before = []
+    if measured:
+        before = model_outputs(model, calibration_images(model, calibration))
+    rounded = [layer.path for layer in layers if layer.merge_weights(requantize)]
     _forget_compiled(model)
+    if measured:
+        after = partial(model_outputs, model)
+        report_drift(model, lambda _: before, after, rounded, calibration)
 
 
 def unmerge_lora_weights(model: keras.layers.Layer) -> None:

@@ -10,8 +10,10 @@ from tfimm_lora.lora.insertion import insert_adapter
 from tfimm_lora.lora.keeps_adapters import KeepsAdapters
 from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.lora.layers import convert_to_lora_layer, is_adaptable
-from tfimm_lora.lora.replace import replace_sublayer
+from tfimm_lora.lora.quantizing import assign_formats
 from tfimm_lora.lora.trainable import fully_trained_layers
+from tfimm_lora.models.replace import replace_sublayer
+from tfimm_lora.quantization.planning import check_formats
 
 
 class LoRAModel(KeepsAdapters):
@@ -53,7 +55,14 @@ class LoRAModel(KeepsAdapters):
 
     def build(self, input_shape: Any) -> None:
         """Builds the architecture, then sets which weights are trained."""
+        wanted = getattr(self.cfg, "lora_quantization", None)
+        if wanted is not None:
+            planned = assign_formats(
+                self, wanted, self.cfg.lora_group_size, self.cfg.lora_quantize_merged
+            )
         super().build(input_shape)  # type: ignore[misc]
+        if wanted is not None:
+            check_formats(self, planned, "lora_group_size")
         self._adapter_state.settle(self)
 
     @property

@@ -19,6 +19,7 @@ from keras import ops
 from tfimm_lora.lora.forward import additive, by_site, scaled
 from tfimm_lora.lora.operations import Conv2DOperation, Operation
 from tfimm_lora.lora.update import Update
+from tfimm_lora.quantization.layer import kernel_tensor
 
 _current: contextvars.ContextVar[PerExample | None] = contextvars.ContextVar(
     "tfimm_lora_per_example", default=None
@@ -125,7 +126,7 @@ def _check_first_axis(layer: Any, inputs: Any, ids: Any) -> None:
 
 def _rows(batch: PerExample, layer: Any) -> tuple[list[_Row], list[int]]:
     """The different things done in a layer, the base's last, and each adapter's number in them."""
-    shared, shared_bias = ops.convert_to_tensor(layer.kernel), None
+    shared, shared_bias = kernel_tensor(layer), None
     if layer.bias is not None:
         shared_bias = ops.convert_to_tensor(layer.bias)
     kernels = _cast(batch.values(layer, "kernel"), shared)

@@ -59,6 +59,7 @@ from tfimm_lora.lora.adapter_state import AdapterState, adapter_state
 from tfimm_lora.lora.config import LoRAConfig, split_lora_values
 from tfimm_lora.lora.keeps_adapters import KeepsAdapters
 from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.layer_adapter import KERNEL_ARGUMENTS
 from tfimm_lora.lora.methods.base import kernel_value
 from tfimm_lora.models.features import FeatureExtractor
 
@@ -89,6 +90,17 @@ def add_adapter(model: keras.Model, name: str, **lora_fields: Any) -> None:
         raise ValueError(
             f"add_adapter takes fields that start with 'lora_', found "
             f"{', '.join(map(repr, unknown))}."
+        )
+    for field in KERNEL_ARGUMENTS:
+        if lora_fields.get(field):
+            raise ValueError(
+                f"{field}={lora_fields[field]!r}: all adapters of a model share its kernels. Use "
+                "lora.quantize(model, ...) to store these in another format, and leave it out."
+            )
+    if str(lora_fields.get("lora_init", "")).startswith("loftq"):
+        raise ValueError(
+            "lora_init='loftq' makes factors of what quantisation takes from the float kernels, "
+            "which are gone when an adapter is added. Give it to the model's first adapter."
         )
     if lora_fields.get("lora_adapter_name", name) != name:
         raise ValueError(

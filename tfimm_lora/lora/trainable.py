@@ -5,6 +5,7 @@ The truth is the ``trainable`` flag of every variable; the functions here comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.names import (
     NamedVariable,
     is_lora_weight,
+    is_stored,
     iterate_layers,
     named_variables,
     timm_path,
@@ -137,6 +139,20 @@ def kept_variables(model: Any, name: str, fields: LoRAConfig) -> list[NamedVaria
     return stored + [
         v for v in named_variables(model) if id(v.layer) in moving and id(v.variable) not in ids
     ]
+
+
+def check_float(variables: Iterable[NamedVariable]) -> None:
+    """Raises if one of some weights, which are to be trained, is a packed kernel.
+
+    Raises:
+        ValueError: Says which.
+    """
+    for v in variables:
+        if is_stored(v.variable):
+            raise ValueError(
+                f"{v.name} is stored as {v.variable.format.name}, so it cannot be trained. Store "
+                f"it in float first: lora.quantize(model, {{{v.module!r}: None}})."
+            )
 
 
 def lora_trainable_weights(
@@ -283,6 +299,11 @@ def _set_flags(model: Any, trained: list[Any], frozen: list[Any]) -> None:
         variable.trainable = False
     for variable in trained:
         variable.trainable = True
+        # TensorFlow records a variable for its gradient only if it was trainable when it got its
+        # first value, which was later than when the flags were set.
+        value: Any = getattr(variable, "_value", None)
+        if getattr(value, "trainable", True) is False:
+            value._trainable = True
     # Moving statistics stand still only if the layer's own flag is off.
     for layer in model._flatten_layers():
         frozen_norm = isinstance(layer, keras.layers.BatchNormalization)
@@ -305,5 +326,9 @@ def print_trainable_parameters(model: keras.layers.Layer) -> None:
         return sum(int(keras.ops.size(v)) for v in variables)
 
     trained, total = count(model.trainable_weights), count(model.weights)
+    for v in (v.variable for v in named_variables(model)):
+        if is_stored(v):
+            # Its weights, not the bytes they are packed in.
+            total += math.prod(v.shape) - count(v.variables.values())
     share = 100 * trained / max(total, 1)
     print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import keras
-import numpy as np
 
 from tfimm_lora.architectures.config import classifier_paths
 from tfimm_lora.weights.adapt import adapt_weight, is_below
 from tfimm_lora.weights.first_values import assign_all
 from tfimm_lora.weights.loading import check_names
-from tfimm_lora.weights.names import named_variables, variable_value
+from tfimm_lora.weights.names import is_stored, named_variables, variable_value
 
 
 def transfer_weights(
@@ -52,8 +52,11 @@ def transfer_weights(
     check_names(set(target) - set(source), set(source) - set(target), f"{src_model.name!r}")
     size = getattr(src_cfg, "input_size", None)
 
-    def value_of(name: str) -> np.ndarray:
-        value, shape = variable_value(source[name].variable), target[name].variable.shape
+    def value_of(name: str) -> Any:
+        old, new = source[name].variable, target[name].variable
+        if is_stored(new) and new.same_storage(old):
+            return old
+        value, shape = variable_value(old), new.shape
         return adapt_weight(dst_model, name, value, tuple(shape), size)
 
     assign_all((entry.variable, partial(value_of, name)) for name, entry in target.items())

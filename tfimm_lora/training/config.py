@@ -87,6 +87,13 @@ class LoraSection:
         modules_to_save: timm's paths of further layers that are trained in full and saved with the
             adapter.
         adapter_name: Name of the adapter in the model.
+        quantization: Format of the frozen kernels: ``fake-int8``, ``fake-int4``, ``int8``, ``int4``
+            or ``nf4``; or a format (or null) by pattern on timm's paths, of which the first that
+            matches counts. Float by default.
+        group_size: Input rows of a kernel that share a scale; by default one scale per output
+            channel (``nf4``: 64 rows).
+        quantize_merged: With a fake format, round the kernel together with the update in training,
+            so that the merged model can be quantised without loss.
 
     Example:
         >>> LoraSection(rank=8, targets=["attn.q", "attn.v"])
@@ -106,6 +113,9 @@ class LoraSection:
     train_classifier: bool | None = None
     modules_to_save: list[str] = field(default_factory=list)
     adapter_name: str = "default"
+    quantization: str | dict[str, str | None] | None = None
+    group_size: int | None = None
+    quantize_merged: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments for ``tfimm_lora.lora.create_model``."""

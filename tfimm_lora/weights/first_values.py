@@ -16,6 +16,7 @@ import numpy as np
 
 from tfimm_lora.weights.aligned import aligned
 from tfimm_lora.weights.draw import draw
+from tfimm_lora.weights.names import is_stored
 
 Reader = Callable[[], np.ndarray]
 
@@ -162,7 +163,10 @@ def assign_all(readers: Iterable[tuple[Any, Reader]]) -> None:
     Example:
         >>> assign_all([(layer.kernel, lambda: file.read("head.weight").T)])
     """
-    readers = list(readers)
+    # A packed kernel consists of several variables.
+    readers = [
+        part for v, read in readers for part in (v.readers(read) if is_stored(v) else [(v, read)])
+    ]
     now = _current.get()
     if now is not None:
         errors: list[Exception] = []

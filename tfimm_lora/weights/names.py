@@ -84,6 +84,8 @@ class NamedVariable:
 
 def variable_value(variable: Any) -> np.ndarray:
     """Returns a copy of a variable's value."""
+    if is_stored(variable):
+        return variable.numpy()
     # By way of a tensor: NumPy warns when it is handed a TensorFlow variable.
     return np.array(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
 
@@ -120,8 +122,24 @@ def iterate_layers(model: keras.layers.Layer) -> Iterator[tuple[str, keras.layer
 
 
 def own_variables(layer: keras.layers.Layer) -> list[Any]:
-    """Returns the variables that belong to the layer itself, not to its sublayers."""
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
+    """Returns the variables that belong to the layer itself, not to its sublayers.
+
+    A kernel that is packed is there once, as what ``layer.kernel`` is, not in its parts.
+    """
+    variables = [*layer._trainable_variables, *layer._non_trainable_variables]
+    kernel = next((k for n in ("_kernel", "kernel") if is_stored(k := vars(layer).get(n))), None)
+    if kernel is None:
+        return variables
+    parts = {id(part) for part in kernel.variables.values()}
+    return [kernel, *(v for v in variables if id(v) not in parts)]
+
+
+def is_stored(variable: Any) -> bool:
+    """Whether what stands for a kernel is a packed one instead of a variable.
+
+    See :class:`~tfimm_lora.quantization.StoredKernel`.
+    """
+    return hasattr(variable, "readers")
 
 
 def named_variables(model: keras.layers.Layer) -> list[NamedVariable]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from keras import ops
 
 from tfimm_lora.lora.methods.peft_hooks import PeftHooks
 from tfimm_lora.lora.update import Update
-from tfimm_lora.weights.names import NamedVariable, variable_value
+from tfimm_lora.weights.names import NamedVariable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,17 @@ class Method(PeftHooks, abc.ABC):
     def neutral(self) -> dict[str, np.ndarray]:
         """Values, by plain name, with which the update vanishes. Others may stay."""
 
+    def before_quantization(
+        self, kernel: np.ndarray, stored: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """What is quantised of a float kernel; what is not may become part of the first values.
+
+        Args:
+            kernel: The whole float kernel.
+            stored: Quantises and dequantises a kernel.
+        """
+        return kernel
+
     @property
     def initializes(self) -> bool:
         """Whether :meth:`initialize` has something to do."""
@@ -156,6 +167,36 @@ class Method(PeftHooks, abc.ABC):
         Args:
             kernel: The frozen kernel, or its slice.
         """
+
+    @classmethod
+    def kernel_format(
+        cls, name: str | None, group_size: int | None, options: Mapping[str, Any]
+    ) -> tuple[str | None, int | None]:
+        """Format and group size of the kernels that the method adapts.
+
+        Args:
+            name: Name of the format wanted; ``None`` for float.
+            group_size: Group size wanted; ``None`` for the format's default.
+            options: The method's options.
+
+        Returns:
+            Both, changed where the method needs others.
+
+        Raises:
+            ValueError: The method cannot work on such a kernel.
+        """
+        return name, group_size
+
+    def grouped(self, group_size: int) -> np.ndarray | None:
+        """The update of the kernel's matrix, one row for each group of rows.
+
+        Args:
+            group_size: Rows of a group.
+
+        Returns:
+            (groups, outputs), or ``None`` if the update is not the same for all rows of a group.
+        """
+        return None
 
     @classmethod
     def connect(cls, model: Any, name: str, updates: Sequence[Any]) -> None:
@@ -243,6 +284,12 @@ class Method(PeftHooks, abc.ABC):
         """The variables' values in unmerged state as arrays."""
         return {n: self.layer.unmerged_value(v) for n, v in self.variables.items()}
 
+    @property
+    def acts(self) -> bool:
+        """Whether the update adds anything to the layer at the moment."""
+        values = self.numpy_values()
+        return any(not np.array_equal(values[name], v) for name, v in self.neutral().items())
+
     def assign(self, values: Mapping[str, np.ndarray]) -> None:
         """Assigns values by plain name."""
         for name, value in values.items():
@@ -319,5 +366,7 @@ class Method(PeftHooks, abc.ABC):
 
 def kernel_value(layer: Any, site: Site) -> np.ndarray:
     """The frozen kernel of a layer, or a slice of it, as an array."""
-    kernel = layer.unmerged_value(layer.kernel) if layer.merged else variable_value(layer.kernel)
+    merged = layer.merged
+    kernel = layer.unmerged_value(layer.kernel) if merged else layer.kernel_tensor()
+    kernel = np.array(ops.convert_to_numpy(kernel))
     return kernel[..., site.start : site.start + site.size] if site.name else kernel

@@ -64,7 +64,7 @@ class IA3(Method):
         Raises:
             ValueError: A pattern matches none of the layers.
         """
-        from tfimm_lora.lora.targets import matches
+        from tfimm_lora.weights.patterns import matches
 
         patterns = cls.Options(**options).patterns
         for pattern in patterns:

@@ -33,11 +33,15 @@ class Initialization:
             and of the update's scaling; the update then keeps copies of them. ``None`` where the
             kernel does not matter.
         one_matrix: Whether the kernel has to be one matrix, of which the factors are a part.
+        residual_steps: How many times the factors and the quantised kernel are made of each other,
+            so that together they are near the float kernel; 0 if the factors have nothing to do
+            with that.
     """
 
     factors: Callable[[int], tuple[Any, Any]]
     of_kernel: Callable[[np.ndarray, int, float], tuple[np.ndarray, np.ndarray]] | None = None
     one_matrix: bool = False
+    residual_steps: int = 0
 
 
 def _kaiming_uniform(rank: int) -> tuple[Any, Any]:
@@ -114,6 +118,34 @@ def _olora(matrix: np.ndarray, rank: int, scaling: float) -> tuple[np.ndarray, n
     return r[:rank].T, q[:, :rank].T
 
 
+def factors_of_residual(
+    kernel: np.ndarray,
+    stored: Callable[[np.ndarray], np.ndarray],
+    steps: int,
+    rank: int,
+    scaling: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What quantisation takes from a kernel, as low-rank factors. Paper: LoftQ, arXiv:2310.08659.
+
+    Args:
+        kernel: The float kernel as a matrix.
+        stored: Quantises and dequantises a matrix.
+        steps: How many times the rest is taken again.
+        rank: Rank of the factors.
+        scaling: Factor of the update.
+
+    Returns:
+        The matrix to quantise, A and B.
+    """
+    update = np.zeros_like(kernel)
+    for _ in range(steps):
+        base = kernel - update
+        left, values, right = np.linalg.svd(kernel - stored(base), full_matrices=False)
+        a, b = _halves(left, values, right, rank, scaling)
+        update = a @ b * np.float32(scaling)
+    return base, a, b
+
+
 INITIALIZATIONS: dict[str, Initialization] = {
     "kaiming_uniform": Initialization(_kaiming_uniform),
     "gaussian": Initialization(_gaussian),
@@ -121,6 +153,8 @@ INITIALIZATIONS: dict[str, Initialization] = {
     "pissa": Initialization(_kaiming_uniform, _pissa, one_matrix=True),
     "pissa_niter_N": Initialization(_kaiming_uniform, _pissa_niter(4), one_matrix=True),
     "olora": Initialization(_kaiming_uniform, _olora, one_matrix=True),
+    "loftq": Initialization(_kaiming_uniform, one_matrix=True, residual_steps=1),
+    "loftq_niter_N": Initialization(_kaiming_uniform, one_matrix=True, residual_steps=1),
     # A is set by initialize_eva, which needs images.
     "eva": Initialization(_kaiming_uniform),
 }
@@ -152,8 +186,10 @@ def initialization(name: str) -> Initialization:
             f"Unknown lora_init {name!r}. Use one of {', '.join(INITIALIZATIONS)} (N: a number of "
             "iterations from 1 to 99)."
         )
-    if name.startswith("pissa_niter_"):
+    if "_niter_" in name:
         steps = int(name.rpartition("_")[2])
+        if found.residual_steps:
+            return dataclasses.replace(found, residual_steps=steps)
         return dataclasses.replace(found, of_kernel=_pissa_niter(steps))
     return found
 

@@ -81,6 +81,6 @@ def _patterns(fields: Any) -> list[str] | None:
 
 def _matches(pattern: str, module: str) -> bool:
     # The targets know the layers, which know the methods.
-    from tfimm_lora.lora.targets import matches
+    from tfimm_lora.weights.patterns import matches
 
     return matches(pattern, module)

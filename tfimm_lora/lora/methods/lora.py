@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from tfimm_lora.lora.methods.base import Method, kernel_value
 from tfimm_lora.lora.methods.initialization import (
     INITIALIZATIONS,
     check_matrix,
+    factors_of_residual,
     initialization,
     keeps_first_factors,
 )
@@ -59,6 +60,7 @@ class LoRA(Method):
     def build(self) -> None:
         """Creates ``kernel_lora_a`` and ``kernel_lora_b`` (with ``_q`` and so on for slices)."""
         layer, site = self.layer, self.site
+        self._of_residual: dict[str, np.ndarray] = {}
         if self.mixes_channels:
             a_shape, b_shape = mixing_shapes(layer, site.rank)
         else:
@@ -140,11 +142,61 @@ class LoRA(Method):
     @property
     def initializes(self) -> bool:
         """Whether the first factors are made of the kernel."""
-        return "kernel_lora_a0" in self.variables
+        return "kernel_lora_a0" in self.variables or self._residual_steps > 0
+
+    @property
+    def _residual_steps(self) -> int:
+        return initialization(self.init).residual_steps if self.init else 0
+
+    @property
+    def acts(self) -> bool:
+        """Whether A B is something else than at the start."""
+        values = self.numpy_values()
+        if "kernel_lora_a0" in values:
+            pairs = [(values[f"kernel_lora_{n}"], values[f"kernel_lora_{n}0"]) for n in "ab"]
+            return not all(np.array_equal(x, x0) for x, x0 in pairs)
+        if self.init != "orthogonal":
+            return super().acts
+        # Neither factor is zero at the start, but their product is.
+        a, b = (values[f"kernel_lora_{n}"] for n in "ab")
+        product = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
+        return bool(np.abs(product).max() > 1e-6 * np.abs(a).max() * np.abs(b).max())
+
+    def before_quantization(
+        self, kernel: np.ndarray, stored: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """With LoftQ's start, the kernel less the factors that :meth:`initialize` will set."""
+        steps = self._residual_steps
+        if not steps or not self.variables or np.any(self.numpy_values()["kernel_lora_b"]):
+            return kernel
+        operation, layer, site = self.layer.operation, self.layer, self.site
+        matrix = np.array(ops.convert_to_numpy(operation.to_matrix(layer, kernel)), "float32")
+        columns = slice(site.start, site.start + site.size)
+
+        def of_slice(part: np.ndarray) -> np.ndarray:
+            whole = matrix.copy()
+            whole[:, columns] = part
+            whole = stored(ops.convert_to_numpy(operation.from_matrix(layer, whole)))
+            return np.asarray(ops.convert_to_numpy(operation.to_matrix(layer, whole)))[:, columns]
+
+        matrix[:, columns], a, b = factors_of_residual(
+            matrix[:, columns], of_slice, steps, site.rank, self.scaling
+        )
+        a, b = operation.factors(layer, a, b)
+        self._of_residual = {
+            "kernel_lora_a": np.asarray(ops.convert_to_numpy(a), "float32"),
+            "kernel_lora_b": np.asarray(ops.convert_to_numpy(b), "float32"),
+        }
+        return np.asarray(ops.convert_to_numpy(operation.from_matrix(layer, matrix)))
 
     def initialize(self, kernel: np.ndarray) -> None:
         """Makes the first factors of the kernel, unless there are trained ones."""
         values = self.numpy_values()
+        if "kernel_lora_a0" not in values:
+            found, self._of_residual = self._of_residual, {}
+            if not np.any(values["kernel_lora_b"]):
+                self.assign(found)
+            return
         if np.any(values["kernel_lora_b"]) or np.any(values["kernel_lora_b0"]):
             return
         first = self._first_factors(kernel)

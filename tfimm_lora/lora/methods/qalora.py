@@ -12,6 +12,8 @@ from keras import ops
 
 from tfimm_lora.lora.methods.lora import LoRA
 from tfimm_lora.lora.update import Update
+from tfimm_lora.quantization.registry import kernel_format
+from tfimm_lora.quantization.row_scaled import RowScaledFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +47,53 @@ class QALoRA(LoRA):
     ranks_by_group: ClassVar[tuple[str, ...]] = ()
     peft_tensors: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
 
+    @classmethod
+    def kernel_format(
+        cls, name: str | None, group_size: int | None, options: Mapping[str, Any]
+    ) -> tuple[str | None, int | None]:
+        """Integers have zero points, and no group of theirs lies in two of the method's.
+
+        Raises:
+            ValueError: The group sizes do not fit each other, or rows have factors of their own.
+        """
+        if name is None or name == "nf4":
+            return name, group_size
+        if isinstance(kernel_format(name), RowScaledFormat):
+            raise ValueError(
+                f"qalora on {name}: its rows have factors of their own, so that zero points cannot "
+                f"take up the update. Use {name.removesuffix('-row-scaled')} "
+                "(with calibration: algorithm='gptq')."
+            )
+        own = QALoRAOptions(**options).group_size
+        group_size = own if group_size is None else group_size
+        if own % group_size:
+            raise ValueError(
+                f"lora_options={{'group_size': {own}}}: QA-LoRA's groups have to consist of whole "
+                f"groups of the kernel, which have {group_size} rows (lora_group_size). Use a "
+                f"multiple of {group_size}."
+            )
+        plain = name.removesuffix("-symmetric").removesuffix("-asymmetric")
+        return f"{plain}-asymmetric" if plain.endswith("8") else plain, group_size
+
     @property
     def group_size(self) -> int:
         """Rows of a group."""
         rows = self.layer.operation.kernel_sides(self.layer)[0]
-        return next(n for n in range(min(self.options.group_size, rows), 0, -1) if rows % n == 0)
+        if self.variables:
+            return rows // self.variables["kernel_lora_a"].shape[0]
+        format = self.layer.kernel_format
+        # Whole groups of the kernel, where it has zero points.
+        unit = 1 if format is None or format.name == "nf4" else self.layer.group_size
+        largest = min(max(self.options.group_size, unit), rows)
+        return max(n for n in range(unit, largest + 1, unit) if rows % n == 0)
+
+    def grouped(self, group_size: int) -> np.ndarray | None:
+        """A B, with each row as often as its group has groups of the kernel."""
+        if self.group_size % group_size:
+            return None
+        a, b = (self.numpy_values()[f"kernel_lora_{x}"].astype(np.float64) for x in "ab")
+        update = a @ b * (self.scaling * len(a) / self.group_size)
+        return np.repeat(update, self.group_size // group_size, axis=0)
 
     def build(self) -> None:
         """Creates ``kernel_lora_a`` (groups, r) and ``kernel_lora_b`` (r, outputs)."""

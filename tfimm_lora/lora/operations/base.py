@@ -13,6 +13,7 @@ from keras import ops
 
 from tfimm_lora.lora.operations.channel_mixing import apply_mixing, refuse_merging
 from tfimm_lora.lora.update import Update
+from tfimm_lora.quantization import kernel_matrix
 
 # Multiplications in the time that XLA takes on a CPU to bring one value to another place.
 _MOVE = 200
@@ -58,13 +59,13 @@ class Operation(abc.ABC):
         """Height and width of a convolution's kernel; empty for other layers."""
         return ()
 
-    @abc.abstractmethod
     def to_matrix(self, layer: Any, kernel: Any) -> Any:
         """A kernel, or a slice of its outputs, as (rows, outputs)."""
+        return kernel_matrix.to_matrix(layer, kernel)
 
-    @abc.abstractmethod
     def from_matrix(self, layer: Any, matrix: Any) -> Any:
         """The inverse of :meth:`to_matrix`."""
+        return kernel_matrix.from_matrix(layer, matrix, tuple(layer.kernel.shape))
 
     @abc.abstractmethod
     def apply_kernel(self, layer: Any, inputs: Any, kernel: Any) -> Any:

@@ -48,16 +48,6 @@ class Conv2DOperation(Operation):
         """Height and width of the kernel."""
         return tuple(layer.kernel.shape[:2])
 
-    def to_matrix(self, layer: Any, kernel: Any) -> Any:
-        """(in / groups * h * w, filters)."""
-        return ops.reshape(ops.transpose(kernel, (2, 0, 1, 3)), (-1, kernel.shape[-1]))
-
-    def from_matrix(self, layer: Any, matrix: Any) -> Any:
-        """From (in / groups * h * w, filters)."""
-        height, width, channels, _ = layer.kernel.shape
-        kernel = ops.reshape(matrix, (channels, height, width, matrix.shape[-1]))
-        return ops.transpose(kernel, (1, 2, 0, 3))
-
     def factor_shapes(self, layer: Any, rank: int, size: int) -> tuple[tuple[int, ...], ...]:
         """(h, w, in / groups, r) and (r / groups, size)."""
         if rank % layer.groups:

@@ -32,14 +32,6 @@ class DenseOperation(Operation):
         """Size of the last input axis."""
         return layer.kernel.shape[0]
 
-    def to_matrix(self, layer: Any, kernel: Any) -> Any:
-        """The kernel itself."""
-        return kernel
-
-    def from_matrix(self, layer: Any, matrix: Any) -> Any:
-        """The matrix itself."""
-        return matrix
-
     def factor_shapes(self, layer: Any, rank: int, size: int) -> tuple[tuple[int, ...], ...]:
         """(in, r) and (r, size)."""
         return (layer.kernel.shape[0], rank), (rank, size)

@@ -35,14 +35,6 @@ class DepthwiseConv2DOperation(Operation):
         """Height and width of the kernel."""
         return tuple(layer.kernel.shape[:2])
 
-    def to_matrix(self, layer: Any, kernel: Any) -> Any:
-        """(h * w, in * m)."""
-        return ops.reshape(kernel, self.kernel_sides(layer))
-
-    def from_matrix(self, layer: Any, matrix: Any) -> Any:
-        """From (h * w, in * m)."""
-        return ops.reshape(matrix, layer.kernel.shape)
-
     def factor_shapes(self, layer: Any, rank: int, size: int) -> tuple[tuple[int, ...], ...]:
         """(h, w, r) and (r, size)."""
         return (*layer.kernel.shape[:2], rank), (rank, size)

@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from tfimm_lora.lora.operations.base import Operation, as_rows, kron_matmul, kron_pays
+from tfimm_lora.quantization.kernel_matrix import einsum_letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +36,8 @@ class _Equations:
     @classmethod
     def of(cls, layer: Any) -> _Equations:
         left, output = layer.equation.replace(" ", "").split("->")
-        inputs, kernel = left.split(",")
-        rows = "".join(c for c in kernel if c in inputs and c not in output)
-        columns = "".join(c for c in kernel if c in output and c not in inputs)
-        if len(rows) + len(columns) != len(kernel) or not rows or not columns:
-            raise ValueError(
-                f"Layer {layer.name!r} has the equation {layer.equation!r}, whose kernel is no "
-                "matrix from summed to new axes, so it has no low-rank update."
-            )
+        inputs = left.split(",")[0]
+        rows, columns, kernel = einsum_letters(layer)
         r = next(c for c in string.ascii_letters if c not in layer.equation)
         low = "".join(c for c in inputs if c not in rows) + r
         return cls(
@@ -75,18 +70,6 @@ class EinsumDenseOperation(Operation):
         """Product of the sizes of the kernel's axes that are summed over."""
         equations = _Equations.of(layer)
         return math.prod(equations.sizes(equations.rows, layer))
-
-    def to_matrix(self, layer: Any, kernel: Any) -> Any:
-        """(product of rows, product of columns)."""
-        e = _Equations.of(layer)
-        ordered = ops.einsum(f"{e.kernel}->{e.rows}{e.columns}", kernel)
-        return ops.reshape(ordered, self.kernel_sides(layer))
-
-    def from_matrix(self, layer: Any, matrix: Any) -> Any:
-        """From (product of rows, product of columns)."""
-        e = _Equations.of(layer)
-        ordered = ops.reshape(matrix, e.sizes(e.rows + e.columns, layer))
-        return ops.einsum(f"{e.rows}{e.columns}->{e.kernel}", ordered)
 
     def factor_shapes(self, layer: Any, rank: int, size: int) -> tuple[tuple[int, ...], ...]:
         """(*rows, r) and (r, *columns)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from tfimm_lora.lora.methods import METHODS, Method
 from tfimm_lora.lora.methods.in_place import FOREIGN_TYPE
-from tfimm_lora.lora.regex import check_regex
+from tfimm_lora.weights.regex import check_regex
 
 # A rank beyond this is a mistake or an attack on the memory.
 MAX_RANK = 100_000

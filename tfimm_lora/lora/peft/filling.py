@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,6 @@ from tfimm_lora.lora.peft.tensors import (
     layer_to_peft,
     slice_path,
 )
-from tfimm_lora.lora.targets import pattern_value
 from tfimm_lora.lora.trainable import (
     classifier_of,
     fully_trained_layers,
@@ -31,6 +31,7 @@ from tfimm_lora.lora.trainable import (
 from tfimm_lora.weights.adapt import is_below
 from tfimm_lora.weights.loading import classes_of
 from tfimm_lora.weights.names import NamedVariable, iterate_layers, timm_path
+from tfimm_lora.weights.patterns import pattern_value
 
 
 def adapted_layers(model: Any, name: str) -> dict[str, Any]:
@@ -111,6 +112,34 @@ def _as_options(method: Any, values: Any) -> Any:
         return values
 
 
+def _check_kernels(model: Any, adapter: AdapterFile) -> None:
+    """Warns if kernels are stored in another format than those of the file, else raises.
+
+    Raises:
+        ValueError: The format is the same, so that the weights are others.
+    """
+    theirs, mine = (
+        {k: fields.get(k) for k in ("lora_quantization", "lora_group_size")}
+        for fields in (adapter.own["lora"], vars(own_config(model)))
+    )
+    if theirs == mine:
+        raise ValueError(
+            f"{adapter.source}: the adapter was trained on other weights of "
+            f"{adapter.own['model']!r} than this model ({model_name(model)!r}) has. Load the "
+            "weights it was trained on, or pass check_base=False if you are sure."
+        )
+    warnings.warn(
+        f"{adapter.source}: the adapter was trained on kernels with {_said(theirs)}, and this "
+        f"model has {_said(mine)}: outputs differ by what was rounded. Whether the weights are "
+        "otherwise the same cannot be told.",
+        stacklevel=2,
+    )
+
+
+def _said(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in fields.items())
+
+
 def fill_adapter(model: Any, name: str, adapter: AdapterFile, check_base: bool) -> None:
     """Gives an adapter of a model the values of a file.
 
@@ -120,18 +149,15 @@ def fill_adapter(model: Any, name: str, adapter: AdapterFile, check_base: bool) 
         model: A LoRA model with the adapter.
         name: Name of the adapter.
         adapter: The file.
-        check_base: Raise if the base model's weights are not those of the file.
+        check_base: Raise if the base model's weights are not those of the file; warn if its
+            kernels are in another format, so that this cannot be told.
 
     Raises:
         ValueError: The file does not fit.
     """
     state, source = adapter_state(model), adapter.source
     if adapter.own and check_base and adapter.own["base_sha256"] != base_hash(model, name):
-        raise ValueError(
-            f"{source}: the adapter was trained on other weights of {adapter.own['model']!r} than "
-            f"this model ({model_name(model)!r}) has. Load the weights it was trained on, or pass "
-            "check_base=False if you are sure."
-        )
+        _check_kernels(model, adapter)
     fields = adapter_fields(state, name)
     method = METHODS[fields.lora_method]
     layers = adapted_layers(model, name)

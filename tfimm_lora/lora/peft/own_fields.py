@@ -8,8 +8,8 @@ from typing import Any
 from tfimm_lora.architectures.config import make_config
 from tfimm_lora.lora.config import LoRAConfig, split_lora_values
 from tfimm_lora.lora.peft.config import MAX_RANK
-from tfimm_lora.lora.regex import check_regex
-from tfimm_lora.lora.targets import is_regex
+from tfimm_lora.weights.patterns import is_regex
+from tfimm_lora.weights.regex import check_regex
 
 
 def check_own(own: Mapping[str, Any], source: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 
 from tfimm_lora.layers.norm import NORMALIZATION_LAYERS
-from tfimm_lora.lora.regex import fullmatch, match_start
 from tfimm_lora.weights.names import iterate_layers, timm_path
+from tfimm_lora.weights.regex import fullmatch, match_start
 
 ALL_LINEAR = "all-linear"
 # What a method of PEFT can adapt; it raises for any other module that the config targets.

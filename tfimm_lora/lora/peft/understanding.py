@@ -17,8 +17,8 @@ from tfimm_lora.lora.peft.targets import (
 )
 from tfimm_lora.lora.peft.tensors import slice_path
 from tfimm_lora.lora.peft.transformers_names import modules_there, timm_names
-from tfimm_lora.lora.regex import fullmatch
 from tfimm_lora.weights.names import iterate_layers, timm_path
+from tfimm_lora.weights.regex import fullmatch
 
 
 def understand(adapter: AdapterFile, source: str, model: Any) -> None:
