@@ -188,6 +188,20 @@ def oracle_python() -> str:
     return python
 
 
+@pytest.fixture(scope="session")
+def bitsandbytes_dir(oracle_python: str) -> Path:
+    """The folder that has bitsandbytes: ``TFIMM_LORA_BITSANDBYTES_PATH``, or where CI puts it."""
+    default = Path(oracle_python).parents[1] / "bitsandbytes_path"
+    folder = Path(os.environ.get("TFIMM_LORA_BITSANDBYTES_PATH") or default)
+    if not (folder / "bitsandbytes").is_dir():
+        _missing(
+            f"no bitsandbytes in {folder}",
+            "pip install --no-deps --target FOLDER bitsandbytes==0.50.2, and set "
+            "TFIMM_LORA_BITSANDBYTES_PATH to the folder",
+        )
+    return folder
+
+
 @dataclass(frozen=True)
 class TfimmPython:
     """How to run tfimm: ``subprocess.run([tfimm_python.python, ...], env=tfimm_python.env)``."""

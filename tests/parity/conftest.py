@@ -74,6 +74,18 @@ def peft_oracle(shared_dir: Path, oracle_python: str, oracle_cache: Path) -> Ite
 
 
 @pytest.fixture(scope="session")
+def bitsandbytes_oracle(
+    oracle_python: str, bitsandbytes_dir: Path, oracle_cache: Path
+) -> Iterator[Oracle]:
+    """bitsandbytes on the CPU."""
+    script = HERE / "drive_bitsandbytes.py"
+    folder = str(bitsandbytes_dir)
+    oracle = Oracle("bitsandbytes", oracle_python, script, [], oracle_cache, [folder])
+    yield oracle
+    oracle.close()
+
+
+@pytest.fixture(scope="session")
 def tfimm_oracle(tfimm_python, oracle_cache: Path) -> Iterator[Oracle]:
     """tfimm 0.2.14 on Keras 2."""
     oracle = Oracle(
