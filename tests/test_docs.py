@@ -20,7 +20,7 @@ PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob
 # A page's blocks are run one after the other, in one namespace.
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 PARTS = ["lora", "models", "architectures", "layers", "weights"]
-PARTS += ["data", "tasks", "training", "evaluation"]
+PARTS += ["quantization", "data", "tasks", "training", "evaluation"]
 
 
 def page_id(page: Path) -> str:
