@@ -230,19 +230,22 @@ class StoresKernel:
         return ops.cast(from_matrix(self, rounded, tuple(kernel.shape)), kernel.dtype)
 
     def apply_frozen(self, apply: Any, inputs: Any, kernel: Any) -> Any:
-        """Applies the kernel as it is stored; a packed one is dequantised again for the gradient.
+        """Applies the kernel; one that is dequantised or rounded is so again for the gradient.
 
         Args:
             apply: Takes inputs and a kernel.
             inputs: The inputs.
             kernel: What :meth:`kernel_tensor` has returned.
         """
-        stored = self.kernel
-        if not isinstance(stored, StoredKernel):
-            return apply(inputs, kernel)
-        return apply_recomputed(
-            apply, inputs, stored.tensors(), lambda t: stored.dequantize(t, self.compute_dtype)
-        )
+        stored, dtype = self.kernel, self.compute_dtype
+        if isinstance(stored, StoredKernel):
+            return apply_recomputed(
+                apply, inputs, stored.tensors(), lambda t: stored.dequantize(t, dtype)
+            )
+        if isinstance(self.kernel_format, FakeFormat) and not stored.trainable:
+            tensors = (ops.convert_to_tensor(stored),)
+            return apply_recomputed(apply, inputs, tensors, lambda t: self.fake_quantize(t[0]))
+        return apply(inputs, kernel)
 
 
 def kernel_tensor(layer: Any) -> Any:

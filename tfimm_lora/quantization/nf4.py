@@ -13,6 +13,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -121,4 +122,9 @@ class NF4(PackedFormat):
 
 
 def _look_up(table: np.ndarray, codes: Any) -> Any:
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Keras' take looks for negative numbers first, which takes three more passes.
+        return tf.gather(tf.constant(table), ops.cast(codes, "int32"))
     return ops.take(ops.convert_to_tensor(table), ops.cast(codes, "int32"), axis=0)

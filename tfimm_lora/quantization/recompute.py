@@ -39,7 +39,7 @@ def behind(tensors: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     something added that depends on the value and is zero, as no compiler knows.
 
     Args:
-        tensors: What is stored; the first tensor is an integer one.
+        tensors: What is stored.
         value: A tensor.
     """
     if _exporting.get():
@@ -60,7 +60,7 @@ def apply_recomputed(apply: _Apply, inputs: Any, tensors: tuple[Any, ...], read:
     Args:
         apply: Applies a kernel; linear in the inputs.
         inputs: The inputs.
-        tensors: What is stored; the first tensor is an integer one.
+        tensors: What is stored.
         read: Turns it into a kernel.
     """
     backend = keras.backend.backend()
@@ -97,12 +97,14 @@ def _tensorflow(apply: _Apply, inputs: Any, tensors: tuple[Any, ...], read: _Rea
 
     @tf.custom_gradient
     def applied(x: Any) -> Any:
-        def backward(upstream: Any) -> Any:
+        def backward(upstream: Any, variables: Any = None) -> Any:
             kernel = read(behind(tensors, upstream))
             with tf.GradientTape() as tape:
                 tape.watch(x)
                 y = apply(x, kernel)
-            return tape.gradient(y, x, upstream)
+            gradient = tape.gradient(y, x, upstream)
+            # A float kernel that is frozen is a trainable variable to TensorFlow.
+            return gradient if variables is None else (gradient, [None] * len(variables))
 
         return apply(x, read(behind(tensors, x))), backward
 
