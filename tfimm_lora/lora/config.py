@@ -47,7 +47,7 @@ class LoRAConfig(ModelConfig):
             float, rounded in each step), ``int8``, ``int4`` or ``nf4`` (packed), each integer one
             also ``-symmetric`` or ``-asymmetric``; ``int8-row-scaled`` and ``int4-row-scaled``
             have a factor for each row, which AWQ chooses (see :func:`~tfimm_lora.lora.quantize`);
-            or a dictionary from patterns (as for targets, or the start of a path) to formats or
+            or a dictionary from patterns (as for targets, or what a layer is below) to formats or
             ``None``, of which the first that matches counts. ``None`` for float. Kernels that are
             trained in full stay in float. A format may carry its own group size: ``int4/64``.
         lora_group_size: Input rows that share a scale; where they do not divide a kernel's rows,

@@ -44,8 +44,9 @@ def quantize(
     Args:
         model: A built LoRA model.
         quantization: Name of a format for all kernels, or a dictionary from patterns on the timm
-            path (names, wildcards, or the start of a path) to names; the first pattern that
-            matches counts, ``None`` stands for float, and layers that match none stay as they are.
+            path (names or wildcards, of a layer or of what it is below) to names; the first pattern
+            that matches counts, ``None`` stands for float, and layers that match none stay as they
+            are.
         group_size: See ``lora_group_size`` of :class:`~tfimm_lora.lora.LoRAConfig`.
         calibration: Images that are like those the model will see, normalised, (n, height, width,
             channels), or batches of them one after the other (of tuples the first element counts).

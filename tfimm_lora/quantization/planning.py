@@ -12,7 +12,7 @@ from tfimm_lora.quantization.kernel_matrix import matrix_shape
 from tfimm_lora.quantization.layer import StoresKernel
 from tfimm_lora.quantization.registry import kernel_format, split_group_size
 from tfimm_lora.weights.names import iterate_layers, timm_path
-from tfimm_lora.weights.patterns import matches
+from tfimm_lora.weights.patterns import is_regex, matches
 
 Quantization = str | Mapping[str, str | None] | None
 """A format for all kernels, or formats by pattern on the timm path; ``None`` is float.
@@ -139,4 +139,5 @@ def _common(rows: set[int]) -> int:
 
 
 def _matches(pattern: str, module: str) -> bool:
-    return matches(pattern, module) or module.startswith(f"{pattern}.")
+    inside = not is_regex(pattern) and matches(f"{pattern}.*", module)
+    return inside or matches(pattern, module)
