@@ -125,6 +125,6 @@ def _look_up(table: np.ndarray, codes: Any) -> Any:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        # Keras' take looks for negative numbers first, which takes three more passes.
-        return tf.gather(tf.constant(table), ops.cast(codes, "int32"))
+        # Keras' take looks for negative numbers first, and in 32 bits: three more passes.
+        return tf.gather(tf.constant(table), tf.cast(codes, tf.int16))
     return ops.take(ops.convert_to_tensor(table), ops.cast(codes, "int32"), axis=0)
