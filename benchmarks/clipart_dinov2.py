@@ -31,7 +31,7 @@ from tfimm_lora.data.dataset import Dataset
 from tfimm_lora.training import LoraSection, ModelSection, RunConfig, TrainSection
 from tfimm_lora.training.config import LABELS
 from tfimm_lora.training.files import write_text
-from tfimm_lora.training.fit import fit_method
+from tfimm_lora.training.fit import Fit, fit_method
 from tfimm_lora.training.schedules import make_optimizer
 
 
@@ -60,11 +60,8 @@ def parse() -> argparse.Namespace:
 
 
 def recipe(arguments: argparse.Namespace, method: str, seed: int) -> RunConfig:
-    epochs, rate = {
-        "linear_probe": (arguments.probe_epochs, arguments.probe_rate),
-        "lora": (arguments.lora_epochs, arguments.lora_rate),
-        "full": (arguments.full_epochs, arguments.full_rate),
-    }[method]
+    prefix = method.removeprefix("linear_")
+    epochs, rate = (getattr(arguments, f"{prefix}_{name}") for name in ("epochs", "rate"))
     return RunConfig(
         model=ModelSection(
             arguments.model, path=arguments.weights, input_size=arguments.input_size
@@ -132,17 +129,37 @@ def measure(arguments: argparse.Namespace, method: str, seed: int, kept: dict) -
         figures = probe(config, kept["features"], len(dataset.class_names))
         figures["cpu_seconds_for_features"] = kept["cpu_seconds"]
     else:
-
-        def show(event: str, **values: object) -> None:
-            if event == "epoch":
-                print(f"  {values}", flush=True)
-
-        fit = fit_method(config, method, dataset, show)
-        # All runs share this process, so its peak memory is nobody's.
-        figures = {k: v for k, v in fit.figures.items() if "memory" not in k}
-        figures["history"] = fit.history
+        figures, _ = train(config, method, dataset)
         keras.backend.clear_session()
     return {"method": method, "seed": seed} | figures
+
+
+def train(config: RunConfig, method: str, dataset: Dataset) -> tuple[dict, Fit]:
+    """Trains one method; returns what is kept of its figures, and everything."""
+
+    def show(event: str, **values: object) -> None:
+        if event == "epoch":
+            print(f"  {values}", flush=True)
+
+    fit = fit_method(config, method, dataset, show)
+    # All runs share this process, so its peak memory is nobody's.
+    figures = {k: v for k, v in fit.figures.items() if "memory" not in k}
+    return figures | {"history": fit.history}, fit
+
+
+def facts(dataset: Dataset) -> dict:
+    """What goes into the record beside the runs."""
+    return {
+        "data": {
+            "train_images": len(dataset.train),
+            "val_images": len(dataset.val),
+            "classes": len(dataset.class_names),
+        },
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "keras": keras.__version__,
+        "backend": keras.backend.backend(),
+    }
 
 
 def table(results: dict) -> str:
@@ -208,15 +225,7 @@ def main() -> None:
         print(json.dumps({k: v for k, v in runs[-1].items() if k != "history"}), flush=True)
         results = {
             "settings": settings | {"weights": Path(arguments.weights).name},
-            "data": {
-                "train_images": len(dataset.train),
-                "val_images": len(dataset.val),
-                "classes": len(dataset.class_names),
-            },
-            "date": date.today().isoformat(),
-            "python": platform.python_version(),
-            "keras": keras.__version__,
-            "backend": keras.backend.backend(),
+            **facts(dataset),
             "runs": runs,
         }
         write_text(record, json.dumps(results, indent=1) + "\n")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,8 +100,9 @@ def write_checkpoint(name: str, path: Path, dtype: str) -> int:
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-def measure(python: str, code: str, name: str, path: Path, **environment: str) -> dict[str, int]:
-    command = [python, "-c", code, name, str(path)]
+def measure(python: str, code: str, *arguments: str | Path, **environment: str) -> dict[str, Any]:
+    """What a fresh process prints in its last line."""
+    command = [python, "-c", code, *map(str, arguments)]
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
