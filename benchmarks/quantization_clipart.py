@@ -45,10 +45,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"quantization": "int8"},
     "fake-int4": {"quantization": "fake-int4", "group_size": GROUP},
     "int4": {"quantization": "int4", "group_size": GROUP},
+    "int4, GPTQ": {},
     "nf4": {"quantization": "nf4"},
     "QA-LoRA int4": QALORA,
     "QA-LoRA int4, rate 0.003": QALORA,
 }
+CALIBRATED = "int4, GPTQ"
 RATES = {"QA-LoRA int4, rate 0.003": 3e-3}
 WANTED_POINTS = 2.0
 
@@ -90,11 +92,22 @@ def adapter_folder(arguments: argparse.Namespace, config: RunConfig) -> Path:
 
 def measure(arguments: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     config = recipe(arguments, variant, seed)
-    figures, fit = clipart.train(config, "lora", load_dataset(config.data))
+    method = CALIBRATED if variant == CALIBRATED else "lora"
+    figures, fit = clipart.train(config, method, load_dataset(config.data))
     if arguments.keep and config.lora.method == "qalora":
         lora.save_adapter(fit.model, adapter_folder(arguments, config))
     keras.backend.clear_session()
     return {"variant": variant, "seed": seed} | figures
+
+
+@METHODS.register(CALIBRATED)
+def create_calibrated(config: RunConfig, classes: int) -> keras.Model:
+    """A LoRA model with int4 kernels that GPTQ has calibrated on 32 training images."""
+    model = METHODS["lora"](config, classes)
+    batches, _ = make_batches(config, model, load_dataset(config.data))
+    images = [batch[0] for _, batch in zip(range(2), batches, strict=False)]
+    lora.quantize(model, "int4", group_size=GROUP, calibration=images)
+    return model
 
 
 def merge(arguments: argparse.Namespace, run: dict[str, Any]) -> dict[str, Any]:
