@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine, write_result
+from benchmarks.report import fewer_blocks, machine, write_result
 
 MODELS = {"vit_small_patch16_224": "ViT-S/16", "convnext_tiny": "ConvNeXt-T"}
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
@@ -51,9 +51,6 @@ def create(name: str, method: str, blocks: int | None) -> Any:
     """A compiled LoRA model with random weights."""
     from tfimm_lora import lora
 
-    size: dict[str, Any] = {}
-    if blocks:
-        size = {"depth": blocks} if name.startswith("vit") else {"depths": (blocks,) * 4}
     model = lora.create_model(
         name,
         nb_classes=CLASSES,
@@ -61,7 +58,7 @@ def create(name: str, method: str, blocks: int | None) -> Any:
         lora_rank=RANK,
         lora_train_classifier=method == "linear_probe",
         **FIELDS.get(method, {}),
-        **size,
+        **fewer_blocks(name, blocks),
     )
     model.compile("sgd", "mean_squared_error", jit_compile=True)
     return model

@@ -156,14 +156,14 @@ def table(results: dict) -> str:
         found = list(scores(results, variant).values())
         if not found:
             continue
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
+        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
         seconds = statistics.mean(
             run["cpu_seconds"] for run in results["runs"] if run["variant"] == variant
         )
         difference = change(results, variant)
         shown = "" if difference is None or variant == "float" else f"{difference:+.1f} points"
         lines.append(
-            f"| {variant} | {statistics.mean(found):.1f} ± {spread:.1f} % "
+            f"| {variant} | {statistics.mean(found):.1f}{spread} % "
             f"| {', '.join(f'{score:.1f}' for score in found)} "
             f"| {shown} | {seconds:.0f} |"
         )
@@ -241,9 +241,11 @@ classes, {s["input_size"]} × {s["input_size"]} pixels, batch {s["batch_size"]},
 [the comparison of methods](clipart_dinov2.md), at {s["input_size"]} pixels to fit into an hour on
 one core. Rank {s["rank"]} on all linear layers of the blocks, and the head, which stays in float.
 int8 has a scale for each output channel, int4 one and a zero point for {GROUP} input rows, nf4 one
-for 64, quantised again. The fake formats round to the values of the packed ones. QA-LoRA reads the
-sums of {GROUP} inputs. Accuracy is that after the last epoch; differences are means over the seeds
-that both have. {s["note"]}
+for 64, quantised again. GPTQ has chosen codes by 32 training images before the training, with
+`lora.quantize(model, "int4", group_size={GROUP}, calibration=images)`. The fake formats round to
+the values of the packed ones. QA-LoRA reads the sums of {GROUP} inputs. Accuracy is that after the
+last epoch; differences are means over the seeds
+that both have.{" " + s["note"] if s["note"] else ""}
 {merged_table(results)}
 Made by `benchmarks/quantization_clipart.py` on {results["date"]} (Python {results["python"]}, Keras
 {results["keras"]}, {results["backend"]}); every run and every epoch is in the JSON file beside this

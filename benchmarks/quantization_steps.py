@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine, write_result
+from benchmarks.report import fewer_blocks, machine, write_result
 
 MODELS = {"vit_small_patch16_224": "ViT-S/16", "convnext_tiny": "ConvNeXt-T"}
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
@@ -76,13 +76,10 @@ def create(name: str, format: str, blocks: int | None) -> Any:
 
     from tfimm_lora import lora
 
-    size: dict[str, Any] = {}
-    if blocks:
-        size = {"depth": blocks} if name.startswith("vit") else {"depths": (blocks,) * 4}
     keras.utils.set_random_seed(0)
     model = lora.create_model(
         name, nb_classes=CLASSES, lora_rank=RANK, lora_train_classifier=True,
-        **FORMATS[format], **size,
+        **FORMATS[format], **fewer_blocks(name, blocks),
     )  # fmt: skip
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-3), loss, jit_compile=True)

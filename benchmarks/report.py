@@ -1,4 +1,4 @@
-"""What every benchmark notes down about where it ran."""
+"""What benchmarks share: where they ran, and models cut short for a trial."""
 
 from __future__ import annotations
 
@@ -31,3 +31,10 @@ def machine() -> dict[str, Any]:
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Writes a result as JSON."""
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def fewer_blocks(name: str, blocks: int | None) -> dict[str, Any]:
+    """Config fields that leave a model so many blocks (a ConvNeXt so many per stage)."""
+    if not blocks:
+        return {}
+    return {"depth": blocks} if name.startswith("vit") else {"depths": (blocks,) * 4}

@@ -10,6 +10,7 @@ import numpy as np
 
 from tests.helpers import numpy
 from tfimm_lora.quantization import FORMATS
+from tfimm_lora.quantization.calibration import Statistics, capture_in_passes
 from tfimm_lora.quantization.nf4 import NF4_VALUES, dynamic_values
 
 PACKED = tuple(name for name, format in FORMATS.items() if format.packed)
@@ -103,3 +104,9 @@ def input_gradient(model: Any, x: np.ndarray) -> np.ndarray:
         tape.watch(inputs)
         value = loss(inputs)
     return tape.gradient(value, inputs).numpy()
+
+
+def capture(*args: Any, **kwargs: Any) -> dict[int, Statistics]:
+    """What the layers read, of all passes together."""
+    passes = capture_in_passes(*args, **kwargs)
+    return {key: statistics for part in passes for key, statistics in part.items()}

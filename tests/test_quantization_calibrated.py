@@ -17,7 +17,7 @@ from tests.helpers import (
     sequential,
     tiny_model,
 )
-from tests.quantized import all_weights, packed_layers, stored
+from tests.quantized import all_weights, capture, packed_layers, stored
 from tfimm_lora import lora, quantization
 from tfimm_lora.models import create_feature_extractor
 from tfimm_lora.quantization import FORMATS, calibration, gptq
@@ -86,7 +86,7 @@ def test_codes_are_those_of_gptq_on_what_each_layer_reads():
     model = quantized(base, "regular", {"blocks.1.mlp.*": "int4", "head": "int8"}, calibration=x)
     layers, kernels = by_module(base), by_module(model)
     modules = ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "head"]
-    read = calibration.capture(base, [layers[m] for m in modules], x)
+    read = capture(base, [layers[m] for m in modules], x)
     assert {id(kernels[m]) for m in modules} == {id(layer) for layer in packed_layers(model)}
     for module in modules:
         layer = layers[module]
@@ -106,10 +106,10 @@ def test_batches_and_arrays_and_several_passes(monkeypatch):
     assert drift(batches, whole, x) < 0.2 * drift(whole, base, x)
     # Layers by themselves: later ones read what earlier ones give when they are quantised.
     found = []
-    capture = calibration.capture_in_passes
+    original = calibration.capture_in_passes
 
     def in_passes(model: Any, layers: Any, *args: Any, **options: Any) -> Any:
-        for part in capture(model, layers, *args, **options, max_bytes=1):
+        for part in original(model, layers, *args, **options, max_bytes=1):
             found.append(len(part))
             yield part
 

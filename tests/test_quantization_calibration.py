@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from tests.quantized import capture
 from tfimm_lora.quantization import calibration
 from tfimm_lora.quantization.kernel_matrix import to_matrix
 
@@ -87,7 +88,7 @@ def images():
 
 def test_capture_sums_up_what_layers_read(model, images):
     layers = [model.stem, model.mix, model.head]
-    found = calibration.capture(model, layers, images, sample_size=50)
+    found = capture(model, layers, images, sample_size=50)
     patches = np.concatenate(list(calibration.input_rows(model.stem, images)))
     between = model.norm(model.stem(images))
     once = ops.convert_to_numpy(between).reshape(-1, 4)
@@ -112,8 +113,7 @@ def test_capture_sums_up_what_layers_read(model, images):
 
 def test_samples_are_even_and_the_same_each_time(model, images):
     first, second = (
-        calibration.capture(model, [model.stem], images, hessian=False, sample_size=90)
-        for _ in range(2)
+        capture(model, [model.stem], images, hessian=False, sample_size=90) for _ in range(2)
     )
     sample = first[id(model.stem)].sample
     assert first[id(model.stem)].hessian is None
@@ -127,7 +127,7 @@ def test_samples_are_even_and_the_same_each_time(model, images):
 
 def test_passes_give_the_same_and_see_changed_kernels(model, images):
     layers = [model.stem, model.mix, model.head]
-    whole = calibration.capture(model, layers, images)
+    whole = capture(model, layers, images)
     batches = [(images[:20], None), (images[20:], None)]
     parts = list(calibration.capture_in_passes(model, layers, batches, max_bytes=8 * 2 * 16))
     # The stem, of 12 rows, needs more than that, and is alone.
@@ -147,11 +147,11 @@ def test_capture_leaves_the_model_as_it_was(model, images):
     outputs = ops.convert_to_numpy(model(images))
     calls = [layer.call for layer in layers]
     tracked = [set(vars(layer)) for layer in layers]
-    calibration.capture(model, layers, images)
+    capture(model, layers, images)
     with pytest.raises(ValueError, match="small/mix reads values that are not finite"):
-        calibration.capture(model, [model.mix, model.head], np.where(images > 3, np.nan, images))
+        capture(model, [model.mix, model.head], np.where(images > 3, np.nan, images))
     with pytest.raises(Exception, match=r".*"):  # The backend's, for images of another shape.
-        calibration.capture(model, layers, images[..., :2])
+        capture(model, layers, images[..., :2])
     assert [layer.call for layer in layers] == calls
     assert [set(vars(layer)) for layer in layers] == tracked
     for variable, value in zip(model.variables, before, strict=True):
@@ -161,20 +161,20 @@ def test_capture_leaves_the_model_as_it_was(model, images):
     other = model.mix.call
     model.mix.call = lambda *args, **kwargs: other(*args, **kwargs)
     theirs = model.mix.call
-    calibration.capture(model, [model.mix], images)
+    capture(model, [model.mix], images)
     assert model.mix.call is theirs
 
 
 def test_bad_calibration_data(model, images):
     for none in ([], images[:0], iter(())):
         with pytest.raises(ValueError, match="no calibration data"):
-            calibration.capture(model, [model.head], none)
+            capture(model, [model.head], none)
     with pytest.raises(ValueError, match="small/unused got no input"):
-        calibration.capture(model, [model.head, model.unused], images)
+        capture(model, [model.head, model.unused], images)
     with pytest.raises(ValueError, match=r"take 2 passes .* iterator can be read once"):
-        calibration.capture(model, [model.stem, model.head], iter([images]), max_bytes=1)
+        capture(model, [model.stem, model.head], iter([images]), max_bytes=1)
     # AWQ needs no Hessians, so one pass is enough.
-    calibration.capture(model, [model.stem, model.head], iter([images]), max_bytes=1, hessian=False)
+    capture(model, [model.stem, model.head], iter([images]), max_bytes=1, hessian=False)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_bad_calibration_data(model, images):
 def test_layers_that_are_not_served(model, images, layer, shape, reason):
     layer.build(shape)
     with pytest.raises(ValueError, match=f"{reason}.* rounding to nearest"):
-        calibration.capture(model, [layer], images)
+        capture(model, [layer], images)
 
 
 def test_layers_that_are_not_built(model, images):
     with pytest.raises(ValueError, match="not built"):
-        calibration.capture(model, [keras.layers.Dense(3)], images)
+        capture(model, [keras.layers.Dense(3)], images)

@@ -40,11 +40,12 @@ class SavesUpdates(MergesUpdates):
                 that of a regular model.
         """
         found = set(store.keys())
-        if (
-            "kernel_codes" in found
-            and not isinstance(self.kernel, StoredKernel)
-            and not self.merged
-        ):
+        if not found and self._misfit:
+            # Keras comes again, with nothing, to a layer that failed, and reports the last error.
+            raise ValueError(self._misfit)
+        self._misfit = ""
+        packed = isinstance(self.kernel, StoredKernel)
+        if "kernel_codes" in found and not packed and not self.merged:
             self._misfit = (
                 f"{self.path}: the kernel in the file is packed ({', '.join(sorted(found))}), this "
                 "model's is float. Create the model with the lora_quantization and lora_group_size "
@@ -52,16 +53,10 @@ class SavesUpdates(MergesUpdates):
             )
             raise ValueError(self._misfit)
         if self._is_plain:
-            if not found and self._misfit:
-                raise ValueError(self._misfit)
             super().load_own_variables(store)  # type: ignore[misc]
             return
         if self.merged:
             self._restore_format()
-        if not found and self._misfit:
-            # Keras comes again, with nothing, to a layer that failed, and reports the last error.
-            raise ValueError(self._misfit)
-        self._misfit = ""
         wanted = [*self.stored_variables(), *self.lora_weights]
         if isinstance(self.kernel, StoredKernel) and "kernel" in found:
             wanted = [v for v in wanted if v.name not in self._kernel_names] + [self.kernel]

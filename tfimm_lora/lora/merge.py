@@ -41,7 +41,7 @@ def _trains_in_place(model: keras.layers.Layer) -> bool:
     return getattr(model, "_adapter_state", None) is not None and not lora_layers(model)
 
 
-def _forget_compiled(model: keras.layers.Layer) -> None:
+def forget_compiled(model: keras.layers.Layer) -> None:
     """Makes Keras trace anew, so that merged layers cost no more than regular ones."""
     if isinstance(model, keras.Model):
         model.train_function = model.test_function = model.predict_function = None
@@ -83,7 +83,7 @@ def merge_lora_weights(
     if measured:
         before = model_outputs(model, calibration_images(model, calibration))
     rounded = [layer.path for layer in layers if layer.merge_weights(requantize)]
-    _forget_compiled(model)
+    forget_compiled(model)
     if measured:
         after = partial(model_outputs, model)
         report_drift(model, lambda _: before, after, rounded, calibration)
@@ -108,4 +108,4 @@ def unmerge_lora_weights(model: keras.layers.Layer) -> None:
         raise ValueError("The LoRA weights of this model are not merged.")
     for layer in layers:
         layer.unmerge_weights()
-    _forget_compiled(model)
+    forget_compiled(model)

@@ -12,7 +12,7 @@ from tfimm_lora.lora.layer import LoRALayer
 from tfimm_lora.lora.layers import convert_to_lora_layer, is_adaptable
 from tfimm_lora.lora.quantizing import assign_formats
 from tfimm_lora.lora.trainable import fully_trained_layers
-from tfimm_lora.models.replace import replace_sublayer
+from tfimm_lora.models.replace import replace_layers
 from tfimm_lora.quantization.planning import check_formats
 
 
@@ -77,8 +77,10 @@ def make_adaptable(model: Any) -> None:
     Args:
         model: A model that is not built.
     """
-    for parent in (model, *model._flatten_layers(include_self=False)):
-        for layer in list(parent._flatten_layers(include_self=False, recursive=False)):
-            if is_adaptable(layer) and not isinstance(layer, LoRALayer):
-                new = convert_to_lora_layer(layer, lora_method=None)
-                replace_sublayer(parent, layer, new)
+
+    def convert(layer: Any) -> Any:
+        if not is_adaptable(layer) or isinstance(layer, LoRALayer):
+            return None
+        return convert_to_lora_layer(layer, lora_method=None)
+
+    replace_layers(model, convert)

@@ -10,6 +10,7 @@ import keras
 from tfimm_lora.lora.adapter_state import AdapterState
 from tfimm_lora.lora.first_updates import initialize_adapters
 from tfimm_lora.lora.layer import LoRALayer
+from tfimm_lora.lora.merge import forget_compiled
 from tfimm_lora.lora.methods import METHODS
 from tfimm_lora.lora.methods.base import Method
 from tfimm_lora.lora.trainable import fully_trained_layers, own_config
@@ -103,12 +104,11 @@ def quantize(
         cfg.lora_quantization, cfg.lora_group_size = quantization, group_size
         cfg.lora_quantize_merged = quantize_merged
     initialize_adapters(model)
-    if isinstance(model, keras.Model):
-        model.train_function = model.test_function = model.predict_function = None
-        state: AdapterState | None = getattr(model, "_adapter_state", None)
-        if state is not None:
-            state.functions.clear()
-            state.set_flags(model)
+    forget_compiled(model)
+    state: AdapterState | None = getattr(model, "_adapter_state", None)
+    if state is not None:
+        state.functions.clear()
+        state.set_flags(model)
 
 
 def _with_size(format: str | None, group_size: int | None) -> str | None:

@@ -27,6 +27,7 @@ from tfimm_lora.models.transfer import transfer_weights
 from tfimm_lora.quantization.format import FakeFormat
 from tfimm_lora.quantization.integer import FakeIntegerFormat, IntegerFormat
 from tfimm_lora.quantization.models import build_quantized_model
+from tfimm_lora.quantization.planning import storing_layers
 from tfimm_lora.weights.names import LORA_WEIGHT_NAMES, iterate_layers, named_variables, timm_path
 
 
@@ -90,11 +91,7 @@ def _is_rounded(layer: Any) -> bool:
 
 def _quantized(model: keras.Model, calibration: Any) -> keras.Model:
     """The regular model with packed kernels."""
-    layers = {
-        timm_path(path): layer
-        for path, layer in iterate_layers(model)
-        if isinstance(layer, LoRALayer)
-    }
+    layers: dict[str, Any] = dict(storing_layers(model))
     if any(layer.merged for layer in layers.values()):
         raise ValueError(
             "The adapters are merged. Use lora.unmerge_lora_weights(model) first, so that the "
@@ -115,10 +112,10 @@ def _quantized(model: keras.Model, calibration: Any) -> keras.Model:
         values = split_lora_values(base_config_values(model.cfg, base_cls.cfg_class))[1]
         facts = getattr(model, "pretrained_cfg", None)
         regular = build_quantized_model(base_cls, values, formats, None, facts, copy)
-    targets = {timm_path(path): layer for path, layer in iterate_layers(regular)}
+    targets: dict[str, Any] = {timm_path(path): layer for path, layer in iterate_layers(regular)}
     rounded = []
     for module, layer in layers.items():
-        target: Any = targets[module]
+        target = targets[module]
         if is_adapted(layer) and target.bias is not None:
             target.bias.assign(ops.convert_to_numpy(layer.adapted_bias()))
         if not is_adapted(layer) or merge_into_zero_points(target.kernel, layer.updates):

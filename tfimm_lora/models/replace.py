@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -62,3 +63,19 @@ def replace_sublayer(
         tracker.lock()
     if not found:
         raise ValueError(f"{parent.name!r} holds {old.name!r} in no attribute, list or dictionary.")
+
+
+def replace_layers(
+    model: keras.layers.Layer, convert: Callable[[keras.layers.Layer], keras.layers.Layer | None]
+) -> None:
+    """Replaces layers of an unbuilt model by others.
+
+    Args:
+        model: A model that is not built.
+        convert: Returns what comes in a layer's place, or ``None`` to leave it.
+    """
+    for parent in (model, *model._flatten_layers(include_self=False)):
+        for layer in list(parent._flatten_layers(include_self=False, recursive=False)):
+            new = convert(layer)
+            if new is not None:
+                replace_sublayer(parent, layer, new)

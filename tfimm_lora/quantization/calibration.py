@@ -68,45 +68,6 @@ def unserved_reason(layer: Any) -> str:
     return f"a {type(layer).__name__} has no kernel that is known here"
 
 
-def capture(
-    model: keras.Model,
-    layers: Sequence[Any],
-    batches: Any,
-    *,
-    hessian: bool = True,
-    sample_size: int = 256,
-    max_bytes: int = 2**30,
-) -> dict[int, Statistics]:
-    """Runs calibration data through a model and sums up what some of its layers read.
-
-    The model runs eagerly, in inference mode, and is not changed. The results hold all Hessians;
-    :func:`capture_in_passes` gives them a few at a time.
-
-    Args:
-        model: A built model.
-        layers: Layers of the model to look at. See :func:`unserved_reason`.
-        batches: Inputs of the model: an array, or batches of them one after the other (of tuples
-            the first element counts). A hundred images do.
-        hessian: Whether to sum up x x^T, which GPTQ needs and AWQ does not. Defaults to ``True``.
-        sample_size: Number of inputs of each layer that are kept. Defaults to 256.
-        max_bytes: Memory for the Hessians of one pass. Defaults to 1 GiB.
-
-    Returns:
-        Statistics by ``id(layer)``.
-
-    Raises:
-        ValueError: A layer cannot be calibrated, there are no data, inputs are not finite, or a
-            layer was not called.
-
-    Example:
-        >>> statistics = capture(model, [model.head], images)[id(model.head)]
-    """
-    passes = capture_in_passes(
-        model, layers, batches, hessian=hessian, sample_size=sample_size, max_bytes=max_bytes
-    )
-    return {key: statistics for part in passes for key, statistics in part.items()}
-
-
 def capture_in_passes(
     model: keras.Model,
     layers: Sequence[Any],
@@ -116,17 +77,21 @@ def capture_in_passes(
     sample_size: int = 256,
     max_bytes: int = 2**30,
 ) -> Iterator[dict[int, Statistics]]:
-    """:func:`capture`, with the data run once for each part of the layers that fits ``max_bytes``.
+    """Runs calibration data through a model and sums up what some of its layers read.
 
-    A kernel that is changed between two passes is seen by the later ones, so that what a layer
-    reads includes the errors of those that were quantised before it.
+    The model runs eagerly, in inference mode, and is not changed; the data run once for each part
+    of the layers whose Hessians fit ``max_bytes``. A kernel that is changed between two passes is
+    seen by the later ones, so that what a layer reads includes the errors of those that were
+    quantised before it.
 
     Args:
-        model: See :func:`capture`.
-        layers: See :func:`capture`. Passes take them in this order.
-        batches: See :func:`capture`. Read once for each pass.
-        hessian: See :func:`capture`.
-        sample_size: See :func:`capture`.
+        model: A built model.
+        layers: Layers of the model to look at, see :func:`unserved_reason`. Passes take them in
+            this order.
+        batches: Inputs of the model: an array, or batches of them one after the other (of tuples
+            the first element counts). A hundred images do. Read once for each pass.
+        hessian: Whether to sum up x x^T, which GPTQ needs and AWQ does not. Defaults to ``True``.
+        sample_size: Number of inputs of each layer that are kept. Defaults to 256.
         max_bytes: Memory for the Hessians of one pass. A layer that needs more is alone in its
             pass. Defaults to 1 GiB.
 
@@ -134,8 +99,8 @@ def capture_in_passes(
         Statistics of a pass's layers by ``id(layer)``.
 
     Raises:
-        ValueError: As :func:`capture` says, or several passes are needed and ``batches`` can be
-            read only once.
+        ValueError: A layer cannot be calibrated, there are no data, inputs are not finite, a layer
+            was not called, or several passes are needed and ``batches`` can be read only once.
 
     Example:
         >>> for statistics in capture_in_passes(model, layers, images, max_bytes=2**28):

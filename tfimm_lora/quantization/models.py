@@ -16,7 +16,7 @@ from tfimm_lora.architectures.vit import ViT
 from tfimm_lora.architectures.vit_config import ViTConfig
 from tfimm_lora.models.factory import build_model
 from tfimm_lora.models.features import FeatureExtractor
-from tfimm_lora.models.replace import replace_sublayer
+from tfimm_lora.models.replace import replace_layers
 from tfimm_lora.models.transfer import transfer_weights
 from tfimm_lora.quantization.calibrated import calibrated_formats, store_kernels
 from tfimm_lora.quantization.layers import QUANTIZED_LAYERS
@@ -65,6 +65,11 @@ class QuantizationConfig(ModelConfig):
                 )
 
 
+def _quantized(layer: Any) -> Any:
+    cls: Any = QUANTIZED_LAYERS.get(type(layer))
+    return None if cls is None else cls.from_config(layer.get_config())
+
+
 class QuantizedModel(ExportsKernels):
     """Mixin in front of an architecture: ``class QuantizedViT(QuantizedModel, ViT)``.
 
@@ -79,11 +84,7 @@ class QuantizedModel(ExportsKernels):
 
     def __init__(self, cfg: Any, **kwargs: Any) -> None:
         super().__init__(cfg, **kwargs)  # type: ignore[call-arg]
-        for parent in (self, *self._flatten_layers(include_self=False)):  # type: ignore[attr-defined]
-            for layer in list(parent._flatten_layers(include_self=False, recursive=False)):
-                if type(layer) in QUANTIZED_LAYERS:
-                    new: Any = QUANTIZED_LAYERS[type(layer)]
-                    replace_sublayer(parent, layer, new.from_config(layer.get_config()))
+        replace_layers(self, _quantized)
 
     def build(self, input_shape: Any) -> None:
         """Builds the architecture with packed kernels."""

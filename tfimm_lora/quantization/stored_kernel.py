@@ -15,7 +15,7 @@ from keras import ops
 from tfimm_lora.quantization.format import PackedFormat
 from tfimm_lora.quantization.kernel_matrix import from_matrix, matrix_shape, to_matrix
 from tfimm_lora.quantization.recompute import behind
-from tfimm_lora.weights.names import variable_value
+from tfimm_lora.weights.names import timm_path, variable_value
 
 _behind: contextvars.ContextVar[Any] = contextvars.ContextVar("tfimm_lora_behind", default=None)
 
@@ -82,11 +82,13 @@ class StoredKernel:
     @trainable.setter
     def trainable(self, value: bool) -> None:
         if value:
+            # The path in the model, where there is one: the layer's name may not be the only one.
+            module = timm_path(self.layer.path.partition("/")[2] or self.layer.name)
             raise ValueError(
                 f"{self.path} is stored as {self.format.name}, so it has no gradient and cannot be "
                 "trained. Train an adapter, or store it in float: lora.quantize(model, "
-                f"{{{self.layer.name!r}: None}}), lora_quantization={{..., "
-                f"{self.layer.name!r}: None}}, or fake-{self.format.name}."
+                f"{{{module!r}: None}}), lora_quantization={{{module!r}: None, ...}}, or in a fake "
+                "format such as 'fake-int8'."
             )
 
     def quantize(self, value: Any) -> dict[str, np.ndarray]:
