@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import keras
@@ -51,6 +52,7 @@ def test_saved_model(kind, tmp_path):
     assert relative_error(served(tmp_path / "model", x), expected) <= 1e-5
 
 
+@pytest.mark.skipif(not find_spec("jax"), reason="jax comes with the extra 'jax'")
 def test_saved_model_of_jax(tmp_path):
     environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", JAX, str(tmp_path)]

@@ -243,8 +243,13 @@ class StoresKernel:
                 apply, inputs, stored.tensors(), lambda t: stored.dequantize(t, dtype)
             )
         if isinstance(self.kernel_format, FakeFormat) and not stored.trainable:
-            tensors = (ops.convert_to_tensor(stored),)
-            return apply_recomputed(apply, inputs, tensors, lambda t: self.fake_quantize(t[0]))
+            # The backward pass is outside of the scope in which Keras casts variables.
+            return apply_recomputed(
+                apply,
+                inputs,
+                (ops.convert_to_tensor(stored),),
+                lambda t: ops.cast(self.fake_quantize(t[0]), dtype),
+            )
         return apply(inputs, kernel)
 
 
